@@ -1,0 +1,153 @@
+"""The delta ledger: which tensors belong to a task, and how what is trained becomes what is deployed.
+
+Passes write it; everything after them (training, saving, ONNX, switching, reports) reads it and knows no technique.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from surgeon.errors import CompositionError
+
+Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
+"""Gives the starting value of a trained tensor, from its shape and a seeded generator."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """A deployed tensor of a task: an input of the ONNX graph with a default that leaves the base as it is.
+
+    `shape` is as this spec sizes it; the axes in `free` may have another size in every task, those that share
+    a symbol the same one. Without `init` the tensor is not trained itself: a fold computes it.
+    """
+
+    name: str
+    technique: str
+    site: str
+    part: str
+    role: str
+    shape: tuple[int, ...]
+    free: Mapping[int, str]
+    dtype: torch.dtype
+    default: Tensor
+    init: Init | None
+
+    def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape where the free symbols named in `sizes` take that size."""
+        return tuple(sizes.get(self.free.get(axis, ""), size) for axis, size in enumerate(self.shape))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A tensor that is trained but not deployed, such as a weight of a prefix's reparametrisation."""
+
+    name: str
+    technique: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    init: Init
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Computes the deployed tensors `outputs` from the trained tensors `inputs`; differentiable.
+
+    A name may stand on both sides: the trained `lora_B` is unscaled, the deployed one scaled.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    fn: Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass
+class Ledger:
+    """All deltas of a program, in the order the passes made them."""
+
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    trained: dict[str, Trained] = field(default_factory=dict)
+    folds: list[Fold] = field(default_factory=list)
+
+    def add(self, entry: Delta | Trained) -> None:
+        """Enter one tensor. Raises CompositionError where the name is taken."""
+        taken = self.deltas.get(entry.name) or self.trained.get(entry.name)
+        if taken:
+            raise CompositionError(
+                f"two passes make the same tensor '{entry.name}'",
+                where=f"'{entry.technique}' after '{taken.technique}'",
+                try_="leave one of the two out, or give them different sites with `where`",
+            )
+        if isinstance(entry, Delta):
+            self.deltas[entry.name] = entry
+        else:
+            self.trained[entry.name] = entry
+
+    def parameters(self, sizes: Mapping[str, int] | None = None) -> dict[str, tuple[tuple[int, ...], Init, torch.dtype]]:
+        """Name, shape, init and dtype of every trained tensor, for a task with these free sizes."""
+        own = {d.name: (d.sized(sizes or {}), d.init, d.dtype) for d in self.deltas.values() if d.init}
+        return own | {t.name: (t.shape, t.init, t.dtype) for t in self.trained.values()}
+
+    def deploy(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Fold trained tensors into deployed ones, in the ledger's order."""
+        folded: dict[str, Tensor] = {}
+        for fold in self.folds:
+            folded.update(zip(fold.outputs, fold.fn(*(trained[n] for n in fold.inputs)), strict=True))
+        return {n: folded[n] if n in folded else trained[n] for n in self.deltas}
+
+    def defaults(self) -> dict[str, Tensor]:
+        """The deployed tensors with which the program is the base."""
+        return {n: d.default for n, d in self.deltas.items()}
+
+
+def initial(ledger: Ledger, seed: str, sizes: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+    """Fresh trained tensors; each depends on `seed` and its own name only, so specs can grow without reshuffling."""
+    return {
+        name: init(shape, generator(f"{seed}/{name}")).to(dtype)
+        for name, (shape, init, dtype) in ledger.parameters(sizes).items()
+    }
+
+
+def generator(text: str) -> torch.Generator:
+    """A generator seeded by a text."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
+
+
+def symbols(deltas: Iterable[Delta]) -> dict[str, int]:
+    """Every free symbol with the size this spec gives it."""
+    return {symbol: delta.shape[axis] for delta in deltas for axis, symbol in delta.free.items()}
+
+
+def zeros(shape: tuple[int, ...], _: torch.Generator) -> Tensor:
+    """All zeros."""
+    return torch.zeros(shape)
+
+
+def normal(std: float) -> Init:
+    """Zero-mean Gaussian."""
+    return lambda shape, rng: torch.randn(shape, generator=rng) * std
+
+
+def truncated_normal(std: float, bound: float) -> Init:
+    """Zero-mean Gaussian cut at `bound` on either side."""
+    return lambda shape, rng: torch.nn.init.trunc_normal_(torch.empty(shape), 0.0, std, -bound, bound, generator=rng)
+
+
+def kaiming_uniform(fan_in_axis: int) -> Init:
+    """Kaiming's uniform with a = √5, that is U(±1/√fan_in)."""
+
+    def init(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        bound = 1 / math.sqrt(shape[fan_in_axis])
+        return (torch.rand(shape, generator=rng) * 2 - 1) * bound
+
+    return init
+
+
+def value(tensor: Tensor) -> Init:
+    """A given value, such as the base's own bias."""
+    return lambda _shape, _rng: tensor.detach().clone()

@@ -1,0 +1,49 @@
+"""Acting on one role of a fused projection: its output features among those of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from surgeon.anatomy import Projection
+
+
+def scatter(site: Projection, width: int | None = None) -> Callable[[Tensor], Tensor]:
+    """Place a role's features `[..., len(features)]` among all output features `[..., width]`, zeros elsewhere."""
+    if site.features is None:
+        return lambda t: t
+    own, width = site.features, width or fused_width(site)
+    first, last = own[0], own[-1]
+    if own == tuple(range(first, last + 1)):
+        return lambda t: torch.nn.functional.pad(t, (first, width - 1 - last))
+    position = {feature: i for i, feature in enumerate(own)}
+    blocks = _runs([position.get(f, -1) for f in range(width)])
+
+    def spread(t: Tensor) -> Tensor:
+        pieces = [
+            t[..., start : start + length] if start >= 0 else torch.zeros_like(t[..., :1]).expand(*t.shape[:-1], length)
+            for start, length in blocks
+        ]
+        return torch.cat(pieces, -1)
+
+    return spread
+
+
+def fused_width(site: Projection) -> int:
+    """Output features of the whole fused projection."""
+    shape = site.weight_node.meta["val"].shape
+    return int(shape[1] if site.in_first else shape[0])
+
+
+def _runs(sources: list[int]) -> list[tuple[int, int]]:
+    """Cut a list of source positions (-1 for none) into (start, length) runs."""
+    runs: list[tuple[int, int]] = []
+    for source in sources:
+        start, length = runs[-1] if runs else (0, 0)
+        if runs and ((start < 0 and source < 0) or (start >= 0 and source == start + length)):
+            runs[-1] = (start, length + 1)
+        else:
+            runs.append((source, 1))
+    return runs

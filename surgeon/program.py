@@ -1,0 +1,224 @@
+"""The IR: a traced graph, its anatomy and the ledger of deltas; and the only functions that change them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+from torch.fx.node import Argument
+
+from surgeon.anatomy import Anatomy, Site
+from surgeon.errors import InvariantError
+from surgeon.ledger import Delta, Fold, Init, Ledger, Trained, generator
+from surgeon.trace import Input
+
+
+@dataclass
+class Program:
+    """A model under surgery.
+
+    `graph_module` holds base parameters under checkpoint names and one example parameter per delta;
+    `frozen` names the base's tensors.
+    """
+
+    graph_module: fx.GraphModule
+    anatomy: Anatomy
+    inputs: tuple[Input, ...]
+    config: Any
+    head: str
+    frozen: frozenset[str]
+    ledger: Ledger = field(default_factory=Ledger)
+    applied: list[str] = field(default_factory=list)
+    _current: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    _author: tuple[str, str] = ("", "")
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The FX graph."""
+        return self.graph_module.graph
+
+    def current(self, value: fx.Node) -> fx.Node:
+        """What stands for `value` now, after the passes that rewrote it."""
+        while value in self._current:
+            value = self._current[value]
+        return value
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or buffer by its dotted name."""
+        owner, _, leaf = name.rpartition(".")
+        found = getattr(self.graph_module.get_submodule(owner), leaf)
+        assert isinstance(found, Tensor)
+        return found
+
+    @contextmanager
+    def author(self, technique: str, step: str) -> Iterator[None]:
+        """Stamp what is made inside with the pass that made it."""
+        saved, self._author = self._author, (technique, step)
+        try:
+            yield
+        finally:
+            self._author = saved
+
+    # -- deltas ---------------------------------------------------------------------------------------------------
+
+    def delta(
+        self,
+        site: Site,
+        part: str,
+        shape: Sequence[int],
+        init: Init | None,
+        *,
+        free: Mapping[int, str] | None = None,
+        default: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        qualifier: str = "",
+    ) -> Delta:
+        """Make a delta at `site` and enter it in the ledger.
+
+        `free` maps axes to a word such as `rank`, made a symbol of its own for this site: if sites shared one, ONNX
+        Runtime would reuse buffers between them and fail as soon as two sizes differ. A word that starts with `=`
+        is a symbol shared by all sites. Without `default` the free axes are empty by default.
+        """
+        technique = self._author[0]
+        leaf = part if part.startswith(technique) else f"{technique}.{part}"
+        name = ".".join(filter(None, (site.path, qualifier, leaf)))
+        free = {
+            axis: word[1:] if word.startswith("=") else ".".join(filter(None, (site.path, qualifier, technique, word)))
+            for axis, word in (free or {}).items()
+        }
+        dtype = dtype or self.dtype
+        if default is None:
+            default = torch.zeros([0 if axis in free else size for axis, size in enumerate(shape)], dtype=dtype)
+        delta = Delta(
+            name=name,
+            technique=technique,
+            site=site.path,
+            part=part,
+            role=site.role,
+            shape=tuple(shape),
+            free=free,
+            dtype=dtype,
+            default=default.detach().to("cpu", copy=True) if default.device.type != "meta" else default,
+            init=init,
+        )
+        self.ledger.add(delta)
+        example = init(delta.shape, generator(name)) if init else torch.zeros(delta.shape)
+        self._register(name, torch.nn.Parameter(example.to(dtype)))
+        return delta
+
+    def trained(self, name: str, shape: Sequence[int], init: Init) -> Trained:
+        """Enter a tensor that is trained but folded away before deployment."""
+        entry = Trained(name=name, technique=self._author[0], shape=tuple(shape), dtype=self.dtype, init=init)
+        self.ledger.add(entry)
+        return entry
+
+    def fold(self, inputs: Sequence[str], outputs: Sequence[str], fn: Callable[..., tuple[Tensor, ...]]) -> None:
+        """Say how deployed tensors come from trained ones."""
+        self.ledger.folds.append(Fold(tuple(inputs), tuple(outputs), fn))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's floating type."""
+        return next(p.dtype for p in self.graph_module.parameters() if p.is_floating_point())
+
+    def _register(self, name: str, parameter: torch.nn.Parameter) -> None:
+        owner, _, leaf = name.rpartition(".")
+        module: torch.nn.Module = self.graph_module
+        for part in filter(None, owner.split(".")):
+            if not isinstance(module._modules.get(part), torch.nn.Module):
+                module.add_module(part, torch.nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(leaf, parameter)
+
+    # -- rewriting ------------------------------------------------------------------------------------------------
+
+    def insert(self, fn: Callable[..., Any], inputs: Sequence[fx.Node], deltas: Sequence[Delta] = ()) -> fx.Node:
+        """Compute `fn(*inputs, *deltas)`, a plain torch function, right after the last of `inputs`; returns the result.
+
+        `fn` must broadcast over a leading batch dimension of its deltas and must not capture tensors.
+        """
+        fakes = [node.meta["val"] for node in inputs] + [self._fake(delta) for delta in deltas]
+        body = make_fx(fn, pre_dispatch=True, tracing_mode="real")(*fakes)
+        captured = [n.target for n in body.graph.nodes if n.op == "get_attr"]
+        if captured:
+            raise InvariantError(f"the body of '{self._author[0]}' captures constants: {captured}")
+        anchor = max(inputs)
+        env: dict[fx.Node, Argument] = {}
+        with self.graph.inserting_before(anchor.next):
+            arguments = iter([*inputs, *(self._read(delta, fake) for delta, fake in zip(deltas, fakes[len(inputs) :], strict=True))])
+            for inner in body.graph.nodes:
+                if inner.op == "placeholder":
+                    env[inner] = next(arguments)
+                elif inner.op == "output":
+                    result = env[inner.args[0]]
+                else:
+                    env[inner] = self._copy(inner, env, anchor)
+        assert isinstance(result, fx.Node)
+        return result
+
+    def replace(
+        self,
+        value: fx.Node,
+        fn: Callable[..., Any],
+        deltas: Sequence[Delta] = (),
+        *,
+        also: Sequence[fx.Node] = (),
+        users: Collection[fx.Node] | None = None,
+    ) -> fx.Node:
+        """Let the readers of `value` (or only `users`) read `fn(value, *also, *deltas)` instead."""
+        value = self.current(value)
+        before = set(self.graph.nodes)
+        result = self.insert(fn, [value, *map(self.current, also)], deltas)
+        value.replace_all_uses_with(
+            result, delete_user_cb=lambda user: user in before and (users is None or user in users)
+        )
+        if users is None:
+            self._current[value] = result
+        return result
+
+    def replace_operand(
+        self, user: fx.Node, operand: fx.Node, fn: Callable[..., Any], deltas: Sequence[Delta] = (), *, also: Sequence[fx.Node] = ()
+    ) -> fx.Node:
+        """Let `user` read `fn(operand, *also, *deltas)` in place of `operand`; other readers keep it."""
+        return self.replace(operand, fn, deltas, also=also, users={user})
+
+    def substitute(self, name: str, delta: Delta) -> None:
+        """Let every reader of the base's parameter `name` read `delta` of the same shape instead."""
+        for node in list(self.graph.nodes):
+            if node.op == "get_attr" and node.target == name:
+                node.target = delta.name
+                node.meta["surgeon"] = self._author
+
+    def _fake(self, delta: Delta) -> FakeTensor:
+        """A fake of the delta whose free axes are symbols, so that no body can depend on this spec's size."""
+        modes = (n.meta["val"].fake_mode for n in self.graph.nodes if isinstance(n.meta.get("val"), FakeTensor))
+        dynamic = [DimDynamic.DYNAMIC if axis in delta.free else DimDynamic.STATIC for axis in range(len(delta.shape))]
+        example = torch.empty([max(s, 2) if a in delta.free else s for a, s in enumerate(delta.shape)], dtype=delta.dtype)
+        device = next(self.graph_module.parameters()).device
+        return next(modes).from_tensor(
+            example.to("cpu" if device.type == "meta" else device),
+            symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic),
+        )
+
+    def _read(self, delta: Delta, fake: FakeTensor) -> fx.Node:
+        node = self.graph.get_attr(delta.name)
+        node.meta["val"] = fake
+        node.meta["surgeon"] = self._author
+        return node
+
+    def _copy(self, inner: fx.Node, env: Mapping[fx.Node, Argument], anchor: fx.Node) -> fx.Node:
+        node = self.graph.node_copy(inner, lambda n: env[n])  # type: ignore[arg-type, return-value]
+        node.meta = {"val": inner.meta.get("val"), "surgeon": self._author}
+        if "nn_module_stack" in anchor.meta:
+            node.meta["nn_module_stack"] = anchor.meta["nn_module_stack"]
+        return node
+
+
