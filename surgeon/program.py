@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +37,7 @@ class Program:
     ledger: Ledger = field(default_factory=Ledger)
     applied: list[str] = field(default_factory=list)
     _current: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    _edges: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
     _author: tuple[str, str] = ("", "")
 
     @property
@@ -171,24 +171,36 @@ class Program:
         deltas: Sequence[Delta] = (),
         *,
         also: Sequence[fx.Node] = (),
-        users: Collection[fx.Node] | None = None,
+        keep: Collection[fx.Node] = (),
     ) -> fx.Node:
-        """Let the readers of `value` (or only `users`) read `fn(value, *also, *deltas)` instead."""
+        """Let every reader of `value` but those in `keep` read `fn(value, *also, *deltas)` instead."""
         value = self.current(value)
-        before = set(self.graph.nodes)
+        readers = [user for user in value.users if user not in keep]
         result = self.insert(fn, [value, *map(self.current, also)], deltas)
-        value.replace_all_uses_with(
-            result, delete_user_cb=lambda user: user in before and (users is None or user in users)
-        )
-        if users is None:
-            self._current[value] = result
+        for reader in readers:
+            reader.replace_input_with(value, result)
+        self._current[value] = result
         return result
 
     def replace_operand(
-        self, user: fx.Node, operand: fx.Node, fn: Callable[..., Any], deltas: Sequence[Delta] = (), *, also: Sequence[fx.Node] = ()
+        self,
+        readers: Collection[fx.Node],
+        operand: fx.Node,
+        fn: Callable[..., Any],
+        deltas: Sequence[Delta] = (),
+        *,
+        also: Sequence[fx.Node] = (),
     ) -> fx.Node:
-        """Let `user` read `fn(operand, *also, *deltas)` in place of `operand`; other readers keep it."""
-        return self.replace(operand, fn, deltas, also=also, users={user})
+        """Let `readers` read `fn(operand, *also, *deltas)` in place of `operand`; others keep it."""
+        edges = [(reader, self.current(self._edges.get((reader, operand), operand))) for reader in readers]
+        now = edges[0][1]
+        if any(other is not now or now not in reader.all_input_nodes for reader, other in edges):
+            raise InvariantError(f"'{operand}' is no operand of {', '.join(map(str, readers))} any more")
+        result = self.insert(fn, [now, *map(self.current, also)], deltas)
+        for reader in readers:
+            reader.replace_input_with(now, result)
+            self._edges[reader, operand] = result
+        return result
 
     def substitute(self, name: str, delta: Delta) -> None:
         """Let every reader of the base's parameter `name` read `delta` of the same shape instead."""
@@ -221,4 +233,43 @@ class Program:
             node.meta["nn_module_stack"] = anchor.meta["nn_module_stack"]
         return node
 
+    def reads(self, name: str) -> bool:
+        """Some node still reads the base's parameter `name`."""
+        return any(node.op == "get_attr" and node.target == name and node.users for node in self.graph.nodes)
 
+    def copy_region(self, start: fx.Node, end: fx.Node) -> fx.Node:
+        """Compute once more, from `start`, what `end` is computed from it; returns the copy of `end`."""
+        region = descendants(start) & ancestors(end)
+        env: dict[fx.Node, fx.Node] = {start: start}
+        with self.graph.inserting_before(start.next):
+            for node in [n for n in self.graph.nodes if n in region]:
+                for operand in node.all_input_nodes:
+                    if operand not in region and operand is not start and operand > start:
+                        env[operand] = self.graph.node_copy(operand)
+                env[node] = self.graph.node_copy(node, lambda n: env.get(n, n))
+                env[node].meta = {**node.meta, "surgeon": self._author}
+        return env[end]
+
+
+def descendants(node: fx.Node) -> set[fx.Node]:
+    """Every node computed from `node`, not itself."""
+    found: set[fx.Node] = set()
+    frontier = list(node.users)
+    while frontier:
+        user = frontier.pop()
+        if user not in found:
+            found.add(user)
+            frontier.extend(user.users)
+    return found
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """`node` and every node it is computed from."""
+    found = {node}
+    frontier = [node]
+    while frontier:
+        for operand in frontier.pop().all_input_nodes:
+            if operand not in found:
+                found.add(operand)
+                frontier.append(operand)
+    return found

@@ -1,0 +1,172 @@
+"""The trainable module of one task: base tensors shared and frozen, its own deltas trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from transformers.loss.loss_utils import LOSS_MAPPING
+
+from surgeon.errors import DeltaError, shorten
+from surgeon.ledger import Ledger, initial
+from surgeon.trace import Input
+
+LOSSES = {
+    "sequence-classification": "ForSequenceClassification",
+    "token-classification": "ForTokenClassification",
+    "question-answering": "ForQuestionAnswering",
+    "causal-lm": "ForCausalLM",
+    "masked-lm": "ForMaskedLM",
+    "seq2seq-lm": "ForMaskedLM",
+}
+
+
+class TaskModel(nn.Module):
+    """Called as the base is; with `labels=` the output has the loss.
+
+    Base tensors appear under checkpoint names and do not require gradients; deltas appear under their ledger names,
+    as trained (before the fold). `state_dict` and `load_state_dict` know the task's tensors only.
+    """
+
+    def __init__(
+        self, graph: fx.GraphModule, ledger: Ledger, inputs: tuple[Input, ...], config: Any, head: str, *, labels: list[str] | int | None, seed: str
+    ) -> None:
+        super().__init__()
+        self.ledger = ledger
+        self.inputs = inputs
+        self.head = head
+        self.config = task_config(config, labels)
+        module = fx.GraphModule(graph, graph.graph)
+        # The graph runs unregistered while its children and tensors are registered here, under the names of the ledger.
+        object.__setattr__(self, "_graph", module)
+        self._modules = module._modules
+        self._parameters = module._parameters
+        self._buffers = module._buffers
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        for name in ledger.deltas:
+            self._own(name, None)
+        sizes = {} if labels is None else {"labels": labels if isinstance(labels, int) else len(labels)}
+        device = next(self.parameters()).device
+        for name, tensor in initial(ledger, seed, sizes).items():
+            self._own(name, nn.Parameter(tensor.to(device)))
+        self._replaced = [n for n in ledger.deltas if any(n in fold.outputs for fold in ledger.folds)]
+
+    def _own(self, name: str, parameter: nn.Parameter | None) -> None:
+        """Put a parameter of this task in place, in modules that no other task shares."""
+        owner, _, leaf = name.rpartition(".")
+        module: nn.Module = self
+        for part in filter(None, owner.split(".")):
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        module._parameters[leaf] = parameter
+
+    def forward(self, **kwargs: Any) -> Any:
+        """The base's output for the task. Absent masks and token types are filled as the base would."""
+        labels = {k: kwargs.pop(k) for k in ("labels", "start_positions", "end_positions") if kwargs.get(k) is not None}
+        kwargs = {k: v for k, v in kwargs.items() if v is not None}
+        output = self._run(self._complete(kwargs, labels.get("labels")))
+        if labels:
+            output = type(output)(loss=self._loss(output, labels), **{k: v for k, v in output.items() if k != "loss"})
+        return output
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> Any:
+        if not self._replaced:
+            return self._graph(**inputs)
+        deployed = self.deployed()
+        return functional_call(self._graph, {n: deployed[n] for n in self._replaced}, (), dict(inputs))
+
+    def _complete(self, given: dict[str, Any], labels: Tensor | None) -> dict[str, Tensor]:
+        names = [i.name for i in self.inputs]
+        if unknown := set(given) - set(names) - {"return_dict", "num_items_in_batch"}:
+            raise DeltaError(f"the traced base takes no {sorted(unknown)}", there_is=names)
+        if "decoder_input_ids" in names and "decoder_input_ids" not in given and labels is not None:
+            given["decoder_input_ids"] = self._shifted(labels)
+        complete = {}
+        for spec in self.inputs:
+            if spec.name in given:
+                complete[spec.name] = given[spec.name]
+            elif spec.fill is not None:
+                complete[spec.name] = torch.full_like(given["input_ids"], spec.fill)
+            else:
+                raise DeltaError(f"input '{spec.name}' is missing", there_is=list(given))
+        return complete
+
+    def _shifted(self, labels: Tensor) -> Tensor:
+        start = self.config.decoder_start_token_id
+        first = labels.new_full((labels.shape[0], 1), start)
+        return torch.cat([first, labels[:, :-1].masked_fill(labels[:, :-1] == -100, self.config.pad_token_id)], 1)
+
+    def _loss(self, output: Any, labels: Mapping[str, Tensor]) -> Tensor:
+        loss = LOSS_MAPPING[LOSSES[self.head]]
+        if self.head == "question-answering":
+            return loss(output.start_logits, output.end_logits, **labels)
+        if self.head in ("sequence-classification", "token-classification"):
+            return loss(labels["labels"], output.logits, config=self.config)
+        return loss(output.logits, labels["labels"], vocab_size=output.logits.shape[-1])
+
+    def deployed(self) -> dict[str, Tensor]:
+        """The task's tensors in the form the graph reads: folded, differentiable."""
+        return self.ledger.deploy(self.state_dict(keep_vars=True))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The task's trained tensors only."""
+        prefix = kwargs.get("prefix", "")
+        own = set(self.ledger.parameters())
+        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k[len(prefix) :] in own}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take trained tensors of this task; free sizes may differ. Raises DeltaError where names or shapes do not fit."""
+        check_trained(self.ledger, state_dict)
+        for name, tensor in state_dict.items():
+            own = self.get_parameter(name)
+            fresh = tensor.detach().to(own.device, own.dtype)
+            if own.shape == fresh.shape:
+                with torch.no_grad():
+                    own.copy_(fresh)
+            else:
+                self._own(name, nn.Parameter(fresh.clone()))
+        return torch.nn.modules.module._IncompatibleKeys([], [])
+
+
+def check_trained(ledger: Ledger, tensors: Mapping[str, Tensor]) -> None:
+    """Raise DeltaError unless `tensors` are exactly the trained tensors, of fitting shapes and finite."""
+    wanted = ledger.parameters()
+    missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    if missing or extra:
+        raise DeltaError(
+            f"{len(missing)} of {len(wanted)} tensors are missing and {len(extra)} do not belong here",
+            there_is=f"missing: {shorten(missing) or 'none'}; unexpected: {shorten(extra) or 'none'}",
+            try_="compile the spec these weights were trained with",
+        )
+    for name, (shape, _, _) in wanted.items():
+        tensor = tensors[name]
+        free = ledger.deltas[name].free if name in ledger.deltas else {}
+        fits = tensor.dim() == len(shape) and all(
+            axis in free or got == size for axis, (got, size) in enumerate(zip(tensor.shape, shape, strict=True))
+        )
+        if not fits:
+            raise DeltaError(f"{name} has shape {list(tensor.shape)}, expected {_shape(shape, free)}")
+        if not torch.isfinite(tensor).all():
+            bad = (~torch.isfinite(tensor)).sum().item()
+            raise DeltaError(f"NaN or infinity in {name} ({bad} of {tensor.numel()} values)")
+
+
+def _shape(shape: tuple[int, ...], free: Mapping[int, str]) -> str:
+    return "[" + ", ".join("any" if a in free else str(s) for a, s in enumerate(shape)) + "]"
+
+
+def task_config(config: Any, labels: list[str] | int | None) -> Any:
+    """The base's configuration with this task's labels."""
+    own = copy.deepcopy(config)
+    if labels is not None:
+        names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
+        own.id2label = dict(enumerate(names))
+        own.label2id = {name: i for i, name in enumerate(names)}
+        own.problem_type = "single_label_classification" if len(names) > 1 else own.problem_type
+    return own

@@ -1,0 +1,77 @@
+"""From a rewritten graph to something that runs: dropout that follows `.train()` and `.eval()`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+aten = torch.ops.aten
+
+
+class SwitchableAttention(nn.Module):
+    """SDPA whose dropout is active in training only."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            dropout_p=self.p if self.training else 0.0,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+
+
+def switchable(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph over the same tensors, in which dropout is a module that reads `training`."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(graph_module.graph, env)
+    graph.output(output)
+    graph._codegen = graph_module.graph._codegen
+    root = fx.GraphModule(graph_module, graph)
+    for node in list(root.graph.nodes):
+        if node.target is aten.dropout.default:
+            _make_switchable(root, node, nn.Dropout(float(node.args[1])), (node.args[0],), {})
+        elif node.target is aten.scaled_dot_product_attention.default:
+            _switch_attention(root, node)
+    root.graph.lint()
+    root.recompile()
+    return root
+
+
+def _switch_attention(root: fx.GraphModule, node: fx.Node) -> None:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    arguments = dict(zip(names, node.args, strict=False)) | node.kwargs
+    p = arguments.pop("dropout_p", 0.0)
+    if p:
+        operands = tuple(arguments.pop(n) for n in ("query", "key", "value"))
+        _make_switchable(root, node, SwitchableAttention(float(p)), operands, arguments)  # type: ignore[arg-type]
+
+
+def _make_switchable(
+    root: fx.GraphModule, node: fx.Node, module: nn.Module, args: tuple[fx.node.Argument, ...], kwargs: dict[str, fx.node.Argument]
+) -> None:
+    name = f"{type(module).__name__}_p{getattr(module, 'p'):g}".replace(".", "_")
+    if not hasattr(root, name):
+        root.add_submodule(name, module)
+    with root.graph.inserting_before(node):
+        switched = root.graph.call_module(name, args, kwargs)
+    switched.meta = dict(node.meta)
+    node.replace_all_uses_with(switched)
+    root.graph.erase_node(node)

@@ -1,0 +1,132 @@
+"""Bottleneck adapter: a small MLP with a residual of its own at a residual join.
+
+    houlsby    branch -> branch + f(branch)                       before the join, after both sublayers
+    pfeiffer   join   -> join + f(norm(join))                     after the feed-forward's join, norm = its post-norm
+    parallel   branch -> branch + s · f(entry)                    beside the sublayer, entry = its direct input
+    f(z) = act(z·W_down + b_down)·W_up + b_up                     d -> m -> d
+
+Houlsby et al., ICML 2019 (arXiv:1902.00751), section 2.1; Pfeiffer et al. (arXiv:2005.00247), appendix A.2;
+He et al. (arXiv:2110.04366), section 3.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from surgeon.anatomy import Join, Norm, Selector, Where, select
+from surgeon.ledger import Delta, Init, truncated_normal, value, zeros
+from surgeon.passes import Pass, PassResult
+from surgeon.program import Program
+
+Placement = Literal["houlsby", "pfeiffer", "parallel"]
+
+ACTIVATIONS = {
+    "gelu": torch.nn.functional.gelu,
+    "relu": torch.nn.functional.relu,
+    "silu": torch.nn.functional.silu,
+    "tanh": torch.tanh,
+}
+
+
+class Adapter(Pass):
+    """Insert an adapter at every selected residual join; 2·d·m + m + d parameters each.
+
+    `up.weight` starts at zero, so a fresh task is exactly the base; the paper starts near it. Houlsby's recipe
+    trains the layer norms too (`norms`), each a delta `weight` and `bias`.
+    """
+
+    name: ClassVar[str] = "adapter"
+    title: ClassVar[str] = "Bottleneck adapter"
+    paper: ClassVar[str] = "arXiv:1902.00751"
+    identity_at_birth: ClassVar[bool] = True
+
+    bottleneck: PositiveInt = Field(64, description="Width m between the two projections; free per task at run time.")
+    placement: Placement = Field("houlsby", description="Where the adapter sits: see the equations above.")
+    activation: Literal["gelu", "relu", "silu", "tanh"] = Field("gelu", description="Between the two projections.")
+    scale: PositiveFloat | None = Field(
+        None, description="Factor s of the adapter's output; unset it is 4 for `parallel` (He et al.) and 1 else."
+    )
+    norms: bool | None = Field(
+        None, description="Train the layer norms too; unset it is true for `houlsby`, as in the paper, false else."
+    )
+    where: Where | None = Field(
+        None,
+        description="Joins to adapt; unset it is every attention and feed-forward join for `houlsby`, `residual.ffn` else.",
+    )
+
+    def call(self, program: Program) -> PassResult:
+        for join in self._joins(program):
+            self._adapt(program, join)
+        if self.placement == "houlsby" if self.norms is None else self.norms:
+            train_norms(program)
+        return PassResult(program, modified=True)
+
+    def _joins(self, program: Program) -> tuple[Join, ...]:
+        if self.where is not None:
+            return select(program.anatomy, self.where, Join)
+        wanted = {"residual.ffn"}
+        if self.placement == "houlsby":
+            wanted |= {"residual.attention"}
+        found = {join.role for join in program.anatomy.joins}
+        if self.placement == "houlsby" and "residual.cross_attention" in found:
+            wanted |= {"residual.cross_attention"}
+        return select(program.anatomy, tuple(Selector.parse(role) for role in sorted(wanted)), Join)
+
+    def _adapt(self, program: Program, join: Join) -> None:
+        d, m = join.width, self.bottleneck
+        free = "bottleneck"
+        down = program.delta(join, "down.weight", (d, m), self._init(), free={1: free})
+        down_bias = program.delta(join, "down.bias", (m,), zeros, free={0: free})
+        up = program.delta(join, "up.weight", (m, d), zeros, free={0: free})
+        up_bias = program.delta(join, "up.bias", (d,), zeros)
+        deltas = (down, down_bias, up, up_bias)
+        self._scale_up(program, up, up_bias)
+        f = self._mlp
+        if self.placement == "houlsby":
+            program.replace_operand([join.add], join.branch, lambda b, *w: b + f(b, *w), deltas)
+        elif self.placement == "parallel":
+            program.replace_operand([join.add], join.branch, lambda b, x, *w: b + f(x, *w), deltas, also=(join.entry,))
+        else:
+            self._after_join(program, join, deltas)
+
+    def _after_join(self, program: Program, join: Join, deltas: tuple[Delta, ...]) -> None:
+        """Pfeiffer's layout: the norm behind the join is used twice, on the join and on the sum."""
+        f, norm = self._mlp, join.post_norm
+        if norm is None or norm.weight_node is None:
+            program.replace(join.add, lambda j, *w: j + f(j, *w), deltas)
+            return
+        add = program.current(join.add)
+        readers = set(add.users)
+        normed = program.copy_region(add, norm.output)
+        program.replace(add, lambda j, z, *w: j + f(z, *w), deltas, also=(normed,), keep=set(add.users) - readers)
+
+    def _init(self) -> Init:
+        return truncated_normal(0.01, 0.02)
+
+    def _mlp(self, z: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation](z @ down + down_bias) @ up + up_bias
+
+    def _scale_up(self, program: Program, up: Delta, up_bias: Delta) -> None:
+        scale = self.scale or (4.0 if self.placement == "parallel" else 1.0)
+        if scale != 1.0:
+            names = (up.name, up_bias.name)
+            program.fold(names, names, lambda u, b: (u * scale, b * scale))
+
+
+def train_norms(program: Program) -> None:
+    """Make every norm's gain and bias a delta that starts at the base's value; a shared one is one delta."""
+    for norm in program.anatomy.norms:
+        for part, name in (("weight", norm.weight), ("bias", norm.bias)):
+            if name is not None and program.reads(name):
+                substitute_norm(program, norm, part, name)
+
+
+def substitute_norm(program: Program, norm: Norm, part: str, name: str) -> None:
+    """One gain or bias of a norm becomes a delta."""
+    base = program.tensor(name)
+    delta = program.delta(norm, part, tuple(base.shape), value(base), default=base, dtype=base.dtype)
+    program.substitute(name, delta)

@@ -1,0 +1,112 @@
+"""Masks and biases of attention scores that grow by the columns of a prefix.
+
+Whatever meets the scores gets neutral columns in front: open in a mask, zero in a bias, one in a factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from surgeon.anatomy import Attention
+from surgeon.errors import InvariantError
+from surgeon.ledger import Delta
+from surgeon.program import Program, ancestors, descendants
+
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def open_columns(program: Program, sites: Sequence[Attention], prefix: Delta) -> None:
+    """Extend the masks and biases of `sites` by the length of `prefix`, each distinct one once."""
+    extended: dict[tuple[fx.Node, float], fx.Node] = {}
+
+    def extend(reader: fx.Node, operand: fx.Node, fill: float) -> None:
+        if (operand, fill) not in extended:
+            extended[operand, fill] = program.insert(_columns(fill), [program.current(operand)], (prefix,))
+        reader.replace_input_with(operand, extended[operand, fill])
+
+    for site in sites:
+        if site.core.target is SDPA:
+            _open_fused(program, site.core, prefix, extend)
+        else:
+            _open_spelled_out(site, extend)
+
+
+def _columns(fill: float) -> Callable[[Tensor, Tensor], Tensor]:
+    def widened(mask: Tensor, prefix: Tensor) -> Tensor:
+        return torch.cat([mask.new_full([*mask.shape[:-1], prefix.shape[-2]], fill), mask], -1)
+
+    return widened
+
+
+def _open_fused(
+    program: Program, core: fx.Node, prefix: Delta, extend: Callable[[fx.Node, fx.Node, float], None]
+) -> None:
+    arguments = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), core.args, strict=False))
+    arguments |= core.kwargs
+    mask = arguments.get("attn_mask")
+    if isinstance(mask, fx.Node):
+        extend(core, mask, 1.0 if mask.meta["val"].dtype == torch.bool else 0.0)
+    elif arguments.get("is_causal"):
+        # With more keys than queries SDPA's own triangle is aligned top-left, which would hide the text's tail.
+        explicit = program.insert(_causal, [core.args[0]], (prefix,))  # type: ignore[list-item]
+        rest = {k: v for k, v in arguments.items() if k not in ("query", "key", "value", "is_causal")}
+        core.args = core.args[:3]
+        core.kwargs = {**rest, "attn_mask": explicit}
+
+
+def _causal(query: Tensor, prefix: Tensor) -> Tensor:
+    rows = query.shape[-2]
+    seen = torch.ones(rows, rows, dtype=torch.bool, device=query.device).tril()
+    return torch.cat([seen.new_full([rows, prefix.shape[-2]], True), seen], -1)
+
+
+def _open_spelled_out(site: Attention, extend: Callable[[fx.Node, fx.Node, float], None]) -> None:
+    """Walk from the score product to the softmax and widen every operand that has the key axis."""
+    keys = site.scores.meta["val"].shape[-1]
+    path = {site.scores} | (descendants(site.scores) & ancestors(site.core))
+    for node in sorted(path - {site.core}):
+        if node is not site.scores:
+            _free_size(node, keys)
+        for operand in list(node.all_input_nodes):
+            value = operand.meta.get("val")
+            outside = operand not in path and isinstance(value, Tensor) and value.dim() > 0
+            if outside and value.shape[-1] is not None and value.shape[-1] == keys and _meets_columns(node, site):
+                extend(node, operand, _neutral(node, operand))
+
+
+def _meets_columns(node: fx.Node, site: Attention) -> bool:
+    """The score product's own factors have their columns already; only baddbmm's first operand is a bias."""
+    return node is not site.scores or node.target is torch.ops.aten.baddbmm.default
+
+
+def _neutral(node: fx.Node, operand: fx.Node) -> float:
+    """The value that leaves a score as it is, for the operation at `node`."""
+    name = str(node.target).split(".")[1].rstrip("_")
+    if node.target is torch.ops.aten.baddbmm.default or name in ("add", "sub"):
+        return 0.0
+    if name in ("mul", "div"):
+        return 1.0
+    if name == "masked_fill":
+        return 0.0
+    if name == "where" and node.args[0] is operand:
+        return 1.0 if node.args[1] in node.all_input_nodes and _is_scores(node, 1) else 0.0
+    raise InvariantError(f"no neutral column is known for '{node.target}' on the way of attention scores", where=str(node))
+
+
+def _is_scores(node: fx.Node, position: int) -> bool:
+    """The operand at `position` is as wide as the result, not a fill value."""
+    operand = node.args[position]
+    return isinstance(operand, fx.Node) and operand.meta["val"].dim() == node.meta["val"].dim()
+
+
+def _free_size(node: fx.Node, keys: int | torch.SymInt) -> None:
+    """Let a `view` on the path infer the key axis, which has grown."""
+    if str(node.target).split(".")[1] not in ("view", "reshape", "_unsafe_view"):
+        return
+    sizes = list(node.args[1])  # type: ignore[arg-type]
+    last = sizes[-1].meta["val"] if isinstance(sizes[-1], fx.Node) else sizes[-1]
+    if last == keys and -1 not in sizes:
+        node.args = (node.args[0], [*sizes[:-1], -1])

@@ -1,0 +1,77 @@
+"""Head: a classifier of the task's own, in place of the base's.
+
+    logits = h·W + b      W [d, labels], b [labels]; the number of labels is free per task
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from surgeon.anatomy import Projection, Selector, Site, Where, select
+from surgeon.errors import SelectorError
+from surgeon.ledger import normal, value, zeros
+from surgeon.passes import Pass, PassResult
+from surgeon.program import Program
+
+
+class Head(Pass):
+    """Replace the base's last projection by one that belongs to the task.
+
+    Its default is the base's own, so no task is the base. A task with `labels` gets that many outputs, started at
+    N(0, std) with zero bias; with `hidden` the dense layer before it (BERT's pooler, say) is trained as well.
+    """
+
+    name: ClassVar[str] = "head"
+    title: ClassVar[str] = "Task head"
+    paper: ClassVar[str] = ""
+    identity_at_birth: ClassVar[bool] = False
+
+    labels: PositiveInt | None = Field(None, description="Outputs of a task that does not say; unset it is the base's.")
+    std: float = Field(0.02, gt=0, description="Standard deviation of the fresh weights.")
+    hidden: bool = Field(False, description="Train the dense layer before the classifier too.")
+    where: Where = Field("head.out", validate_default=True, description="The projection that gives the logits.")
+
+    def call(self, program: Program) -> PassResult:
+        sites = select(program.anatomy, self.where, Projection)
+        if len(sites) != 1:
+            raise SelectorError(
+                f"head: {len(sites)} projections selected, one is needed", there_is=[s.label for s in sites]
+            )
+        self._replace(program, sites[0])
+        if self.hidden:
+            self._train_hidden(program)
+        return PassResult(program, modified=True)
+
+    def _replace(self, program: Program, site: Projection) -> None:
+        d, labels = site.in_features, self.labels or site.out_features
+        base = program.tensor(site.weight)
+        weight = program.delta(
+            site,
+            "head.weight",
+            (d, labels),
+            normal(self.std),
+            free={1: "=labels"},
+            default=base if site.in_first else base.T,
+        )
+        base_bias = program.tensor(site.bias) if site.bias else torch.zeros(site.out_features, dtype=base.dtype)
+        bias = program.delta(site, "head.bias", (labels,), zeros, free={0: "=labels"}, default=base_bias)
+
+        def classified(y: Tensor, h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            return (h.unsqueeze(-2) @ w).squeeze(-2) + b if h.dim() == 2 else h @ w + b
+
+        program.replace(site.output, classified, (weight, bias), also=(site.input,))
+
+    def _train_hidden(self, program: Program) -> None:
+        for site in select(program.anatomy, (Selector.parse("head.dense"),), Projection):
+            for part, name in (("weight", site.weight), ("bias", site.bias)):
+                if name is not None and program.reads(name):
+                    self._substitute(program, site, part, name)
+
+    def _substitute(self, program: Program, site: Site, part: str, name: str) -> None:
+        base = program.tensor(name)
+        delta = program.delta(site, part, tuple(base.shape), value(base), default=base, dtype=base.dtype)
+        program.substitute(name, delta)

@@ -1,0 +1,119 @@
+"""Prefix tuning: trained keys and values in front of the real ones, in every attention.
+
+    softmax(q·[P_k ; k]ᵀ) · [P_v ; v]      P_k, P_v [kv heads, n, head dim], behind RoPE, norms and head repetition
+
+Li and Liang, "Prefix-Tuning", ACL 2021 (arXiv:2101.00190), section 4; the reparametrisation P = MLP(P'), section 4.3,
+is folded away before deployment. The text's positions move up by n, as with the authors' code and PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import groupby
+from typing import ClassVar
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from surgeon.anatomy import Attention, Where, select
+from surgeon.ledger import Delta, Init, kaiming_uniform, normal, zeros
+from surgeon.passes import Pass, PassResult
+from surgeon.passes.columns import open_columns
+from surgeon.passes.positions import shift_positions
+from surgeon.program import Program, ancestors
+
+
+class Prefix(Pass):
+    """Concatenate a prefix to the keys and values of every selected attention; 2·n·kv heads·head dim parameters each.
+
+    All attentions of one stack and kind (self or cross) share one length, free per task. Length 0 is the base.
+    """
+
+    name: ClassVar[str] = "prefix"
+    title: ClassVar[str] = "Prefix tuning"
+    paper: ClassVar[str] = "arXiv:2101.00190"
+    identity_at_birth: ClassVar[bool] = False
+
+    length: PositiveInt = Field(10, description="Prefix length n in virtual tokens; free per task at run time.")
+    hidden: PositiveInt | None = Field(
+        None, description="Hidden width of the MLP reparametrisation (512 in the paper); unset there is none."
+    )
+    std: PositiveFloat = Field(0.02, description="Standard deviation of the fresh prefix.")
+    shift: bool = Field(True, description="Move the text's positions up by the prefix length.")
+    where: Where | None = Field(
+        None, description="Attentions with a prefix; unset it is all: encoder, decoder and cross-attention."
+    )
+
+    def call(self, program: Program) -> PassResult:
+        sites = program.anatomy.attentions if self.where is None else select(program.anatomy, self.where, Attention)
+        if not sites:
+            select(program.anatomy, self.where or ("attention",), Attention)
+        kind: Callable[[Attention], tuple[str, bool]] = lambda s: (s.stack, s.cross)  # noqa: E731
+        for (stack, cross), group in groupby(sorted(sites, key=kind), kind):
+            pairs = self._attach(program, list(group), stack + (".cross" if cross else ""))
+            if self.shift and not cross:
+                shift_positions(program, stack, pairs[0][0])
+        return PassResult(program, modified=True)
+
+    def _attach(self, program: Program, sites: list[Attention], group: str) -> list[tuple[Delta, Delta]]:
+        symbol = f"=prefix.length.{group}"
+        init: Init | None = normal(self.std) if self.hidden is None else None
+        pairs = []
+        for site in sites:
+            key = program.delta(
+                site, "prefix.key", (site.kv_heads, self.length, site.head_dim), init, free={1: symbol}
+            )
+            value = program.delta(
+                site, "prefix.value", (site.kv_heads, self.length, site.value_dim), init, free={1: symbol}
+            )
+            scoring = ancestors(site.scores)
+            readers = [u for u in site.key.users if u in scoring and site.mixed is not u or u is site.scores]
+            program.replace_operand(readers, site.key, in_front(site), (key,))
+            program.replace_operand([site.mixed], site.value, in_front(site), (value,))
+            pairs.append((key, value))
+        open_columns(program, sites, pairs[0][0])
+        if self.hidden is not None:
+            self._reparametrise(program, sites, pairs, group)
+        return pairs
+
+    def _reparametrise(
+        self, program: Program, sites: list[Attention], pairs: list[tuple[Delta, Delta]], group: str
+    ) -> None:
+        """P'·W1 -> tanh -> ·W2 gives the prefixes of all layers at once, key before value in each layer."""
+        width = max(s.kv_heads * s.head_dim for s in sites)
+        deltas = [d for pair in pairs for d in pair]
+        flat = [d.shape[0] * d.shape[2] for d in deltas]
+        assert self.hidden is not None
+        shapes: dict[str, tuple[tuple[int, ...], Init]] = {
+            "embedding": ((self.length, width), normal(1.0)),
+            "down.weight": ((width, self.hidden), kaiming_uniform(0)),
+            "down.bias": ((self.hidden,), zeros),
+            "up.weight": ((self.hidden, sum(flat)), kaiming_uniform(0)),
+            "up.bias": ((sum(flat),), zeros),
+        }
+        names = [program.trained(f"{group}.prefix.{part}", *entry).name for part, entry in shapes.items()]
+
+        def unfold(e: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
+            rows = torch.tanh(e @ w1 + b1) @ w2 + b2
+            pieces = rows.split(flat, -1)
+            return tuple(
+                p.unflatten(-1, (d.shape[0], d.shape[2])).transpose(0, 1)
+                for p, d in zip(pieces, deltas, strict=True)
+            )
+
+        program.fold(names, [d.name for d in deltas], unfold)
+
+
+def in_front(site: Attention) -> Callable[[Tensor, Tensor], Tensor]:
+    """Concatenate a prefix `[kv heads, n, d]` (or one a row) in front of keys or values at the product."""
+
+    def joined(real: Tensor, prefix: Tensor) -> Tensor:
+        folded = real.dim() == 3
+        heads = site.heads if folded else real.shape[1]
+        prefix = prefix.expand(real.shape[0] // heads if folded else real.shape[0], -1, -1, -1)
+        if heads != site.kv_heads:
+            prefix = prefix.unsqueeze(2).expand(-1, -1, heads // site.kv_heads, -1, -1).flatten(1, 2)
+        return torch.cat([prefix.flatten(0, 1) if folded else prefix, real], -2)
+
+    return joined

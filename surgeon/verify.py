@@ -1,0 +1,98 @@
+"""The invariants of the compiler, as named checks that run after every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from surgeon.errors import InvariantError
+from surgeon.ledger import initial
+from surgeon.module import switchable
+from surgeon.program import Program
+from surgeon.trace import sample_inputs
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the base was before surgery: its tensors with their versions, and its answer on a small sample."""
+
+    tensors: Mapping[str, tuple[int, int]]
+    inputs: Mapping[str, Tensor]
+    answer: Tensor | None
+
+
+def reference(program: Program) -> Reference:
+    """Take the reference. On a base without weights (meta device) there is no answer to compare."""
+    tensors = dict(program.graph_module.named_parameters()) | dict(program.graph_module.named_buffers())
+    parameter = next(program.graph_module.parameters())
+    vocabulary = max((e.rows for e in program.anatomy.embeddings if e.role == "embedding.token"), default=100)
+    inputs = sample_inputs(program.inputs, vocabulary, parameter.device)
+    answer = None if parameter.is_meta else run(program, {}, inputs)
+    return Reference({n: (id(t), t._version) for n, t in tensors.items()}, inputs, answer)
+
+
+def run(program: Program, deltas: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    """The program's first output in eval mode with these deployed deltas."""
+    module = switchable(program.graph_module).eval()
+    with torch.no_grad():
+        return first_output(functional_call(module, dict(deltas), (), dict(inputs)))
+
+
+def first_output(output: Any) -> Tensor:
+    """Logits, or the first tensor of an output that has none."""
+    found = next(t for t in output.values() if isinstance(t, Tensor)) if isinstance(output, dict) else output[0]
+    logits = output.get("logits") if isinstance(output, dict) else None
+    return logits if logits is not None else found
+
+
+def verify(program: Program, before: Reference, *, identity: bool) -> None:
+    """Raise InvariantError where an invariant does not hold.
+
+    I1 the graph lints and every value has a shape; I2 base tensors are the checkpoint's; I3 what is trained is the
+    ledger's; I4 with default deltas (and, where `identity`, with fresh ones) the program is the base exactly.
+    """
+    _i1_graph(program)
+    _i2_base(program, before)
+    _i3_ledger(program)
+    if before.answer is not None:
+        _i4_identity(program, before, fresh=identity)
+
+
+def _i1_graph(program: Program) -> None:
+    program.graph.lint()
+    for node in program.graph.nodes:
+        if node.op in ("call_function", "call_module", "get_attr") and node.users and node.meta.get("val") is None:
+            raise InvariantError("I1: a node has no shape", where=f"{node} ({node.target}) of {node.meta.get('surgeon')}")
+
+
+def _i2_base(program: Program, before: Reference) -> None:
+    for name in program.frozen:
+        tensor = program.tensor(name)
+        if (id(tensor), tensor._version) != before.tensors[name]:
+            raise InvariantError("I2: a base tensor was changed", where=name)
+
+
+def _i3_ledger(program: Program) -> None:
+    read = {n.target for n in program.graph.nodes if n.op == "get_attr" and n.users}
+    own = {n for n, _ in program.graph_module.named_parameters()} - program.frozen
+    if own != set(program.ledger.deltas):
+        raise InvariantError(f"I3: tensors and ledger differ: {sorted(own ^ set(program.ledger.deltas))}")
+    if unread := set(program.ledger.deltas) - read:
+        raise InvariantError(f"I3: deltas that nothing reads: {sorted(unread)}")
+
+
+def _i4_identity(program: Program, before: Reference, *, fresh: bool) -> None:
+    states = {"default": program.ledger.defaults()}
+    if fresh:
+        states["fresh"] = program.ledger.deploy(initial(program.ledger, "verify"))
+    for name, deltas in states.items():
+        answer = run(program, deltas, before.inputs)
+        assert before.answer is not None
+        if answer.shape != before.answer.shape or not torch.equal(answer, before.answer):
+            gap = (answer - before.answer).abs().max().item() if answer.shape == before.answer.shape else "shape"
+            raise InvariantError(f"I4: with {name} deltas the program is not the base (largest difference {gap})")
