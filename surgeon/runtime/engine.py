@@ -1,0 +1,92 @@
+"""The base on ONNX Runtime: one inference session of the verified model, whose inputs are those the manifest lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import onnxruntime
+
+from surgeon.errors import BuildError, shorten
+from surgeon.runtime.fields import REBUILD
+from surgeon.runtime.manifest import MODEL, Manifest, damaged, read_file
+from surgeon.runtime.ort import ORT_ERRORS
+
+Fusions = Literal["all"] | Sequence[str]
+Provider = str | tuple[str, dict[str, Any]]
+
+ERROR_ONLY, WARNING = 3, 2
+ORT_TYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}
+
+
+def open_model(
+    build: Path,
+    manifest: Manifest,
+    *,
+    threads: int | None = None,
+    providers: Sequence[Provider] | None = None,
+    verify: bool = True,
+    fusions: Fusions = "all",
+) -> onnxruntime.InferenceSession:
+    """Load the model. With `verify`, exactly the bytes that were hashed are used, weights included: ONNX Runtime would
+    map the weights' file into memory, where a later change of it changes answers and a cut kills the process.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = ERROR_ONLY  # it warns once per delta, that a delta is not constant
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if MODEL not in manifest.files:
+        raise damaged(build, [f"{MODEL} is not listed"])
+    source: str | bytes = str(build / MODEL)
+    weights: list[bytes] = []
+    if verify:
+        source = read_file(build, MODEL, manifest.files[MODEL])
+        external = [name for name in manifest.files if name.startswith(f"{MODEL}.")]
+        weights = [read_file(build, name, manifest.files[name]) for name in external]
+        if external:
+            options.add_external_initializers_from_files_in_memory(external, weights, [len(data) for data in weights])
+    try:
+        session = onnxruntime.InferenceSession(
+            source,
+            options,
+            providers=list(providers or ["CPUExecutionProvider"]),
+            disabled_optimizers=[] if fusions == "all" else list(fusions),
+        )
+    except ORT_ERRORS as error:
+        raise BuildError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load the model: {str(error).strip()}", where=str(build)
+        ) from error
+    del weights  # alive until here: ONNX Runtime copies them while it builds the session
+    _compare(session, manifest, build)
+    return session
+
+
+def _compare(session: onnxruntime.InferenceSession, manifest: Manifest, build: Path) -> None:
+    """Are the model's inputs, outputs and deltas the manifest's? A pass that drops the deltas from the graph's inputs
+    leaves a model that loads and ignores every task.
+    """
+    pairs = (
+        ("inputs", session.get_inputs(), manifest.inputs),
+        ("outputs", session.get_outputs(), manifest.outputs),
+        ("deltas", session.get_overridable_initializers(), manifest.deltas),
+    )
+    for kind, found, listed in pairs:
+        have = {_form(node.name, _dtype(node.type), node.shape) for node in found}
+        want = {_form(port.name, port.dtype, port.axes) for port in listed}
+        if have != want:
+            raise BuildError(
+                f"the model's {kind} are not those of the manifest",
+                where=str(build),
+                there_is=f"only in the model: {shorten(sorted(have - want)) or 'none'}; "
+                f"only in the manifest: {shorten(sorted(want - have)) or 'none'}",
+                try_=REBUILD,
+            )
+
+
+def _form(name: str, dtype: str, axes: Sequence[str | int]) -> str:
+    return f"{name} {dtype}[{', '.join(str(axis) for axis in axes)}]"
+
+
+def _dtype(ort_type: str) -> str:
+    return ORT_TYPES.get(ort_type, ort_type.removeprefix("tensor(").removesuffix(")"))

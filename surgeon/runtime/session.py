@@ -1,0 +1,190 @@
+"""The runtime's door: a build opened for answers. One session holds the base once, and swaps tasks per call."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
+
+from onnxruntime import InferenceSession, RunOptions
+
+from surgeon.errors import BuildError, DataError, SpecError, did_you_mean, shorten
+from surgeon.runtime.answers import Answer, answers
+from surgeon.runtime.engine import WARNING, Fusions, Provider, open_model
+from surgeon.runtime.feeds import complete
+from surgeon.runtime.manifest import Manifest, read_manifest
+from surgeon.runtime.ort import ORT_ERRORS
+from surgeon.runtime.taskfile import Array
+from surgeon.runtime.tasks import RunnableTask, TaskInfo, load_task, name_of
+from surgeon.runtime.text import Text, Texts, read_texts
+
+
+class Session:
+    """A build on ONNX Runtime. All methods may be called from many threads at once.
+
+    `threads` limits ONNX Runtime's threads per call; `providers` are its execution providers (default: CPU).
+    With `verify` (the default) all files are hashed and held in memory, so that no later change of the directory
+    matters; without, the directory is trusted and the base's weights are mapped from it. Tasks are always checked.
+    `fusions` names graph optimizers of ONNX Runtime to leave out; "all" leaves out none.
+    """
+
+    def __init__(
+        self,
+        build: str | Path,
+        *,
+        threads: int | None = None,
+        providers: Sequence[Provider] | None = None,
+        verify: bool = True,
+        fusions: Fusions = "all",
+    ) -> None:
+        self._build = Path(build)
+        self._manifest = read_manifest(self._build)
+        self._verify = verify
+        self._lock = threading.Lock()
+        self._texts: Texts | None = None
+        self._tasks: Mapping[str, RunnableTask] = {}
+        self._session: InferenceSession | None = open_model(
+            self._build, self._manifest, threads=threads, providers=providers, verify=verify, fusions=fusions
+        )
+        self._private = Path(tempfile.mkdtemp(prefix="surgeon-"))
+        self._cleanup = weakref.finalize(self, shutil.rmtree, self._private, ignore_errors=True)
+        self._outputs = [port.name for port in self._manifest.outputs]
+        try:
+            self._tasks = {
+                task.name: load_task(
+                    self._manifest,
+                    self._build / task.adapter,
+                    self._private,
+                    name=task.name,
+                    labels=task.labels,
+                    sha256=task.adapter_sha256 if verify else None,
+                )
+                for task in self._manifest.tasks.values()
+            }
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the build says of itself."""
+        return self._manifest
+
+    @property
+    def tasks(self) -> Mapping[str, TaskInfo]:
+        """The tasks of this moment, by name. Later changes do not show in the mapping."""
+        return MappingProxyType({name: task.info for name, task in self._tasks.items()})
+
+    def run(self, inputs: Mapping[str, Any], task: str | None = None) -> dict[str, Array]:
+        """The graph's outputs by name, as `task` gives them; without one, exactly the base's.
+
+        Inputs are numpy arrays (or lists) by name, a batch each. What has a neutral value, as a mask of ones, may be
+        absent. Raises DataError for inputs that do not fit, SpecError for an unknown task.
+        """
+        return self._run(inputs, self._task(task))
+
+    def add_task(
+        self,
+        path: str | Path,
+        name: str | None = None,
+        labels: Sequence[str] | None = None,
+        *,
+        replace: bool = False,
+    ) -> TaskInfo:
+        """Add a task from an `.onnx_adapter` file; runs may go on meanwhile. It shows only once all of it is checked.
+
+        The name defaults to the file's. With `replace`, a task of that name gives way; runs that use it end with it.
+        """
+        self._open()
+        path = Path(path)
+        name = name_of(path) if name is None else name
+        if isinstance(labels, str):
+            raise SpecError("labels are a list of names", try_=f"labels=['{labels}', …]")
+        task = load_task(self._manifest, path, self._private, name=name, labels=labels)
+        with self._lock:
+            self._open()
+            if name in self._tasks and not replace:
+                raise SpecError(
+                    f"there is a task '{name}' already",
+                    there_is=shorten(self._tasks),
+                    try_="give it another name, or say replace=True",
+                )
+            self._tasks = {**self._tasks, name: task}
+        return task.info
+
+    def remove_task(self, name: str) -> None:
+        """Remove a task. Runs that use it end with it."""
+        with self._lock:
+            self._task(name)
+            self._tasks = {other: task for other, task in self._tasks.items() if other != name}
+
+    def encode(self, texts: Sequence[Text], max_length: int | None = None) -> dict[str, Array]:
+        """Inputs for `run` from texts or pairs of texts, padded to the longest, cut to what the base takes."""
+        self._open()
+        if self._texts is None:
+            self._texts = read_texts(self._build, self._manifest, verify=self._verify)
+        return self._texts.encode(texts, self._manifest.inputs, max_length)
+
+    def classify(
+        self, texts: Sequence[Text], task: str | None = None, *, batch: int = 32, max_length: int | None = None
+    ) -> list[Answer]:
+        """The likeliest label of every text. Labels without names are numbered from 0."""
+        active = self._task(task)
+        labels = None if active is None else active.info.labels
+        found: list[Answer] = []
+        for start in range(0, len(texts), batch):
+            found += answers(self._run(self.encode(texts[start : start + batch], max_length), active), labels)
+        return found
+
+    def close(self) -> None:
+        """Let go of the model and the tasks. Runs under way end undisturbed; later ones raise BuildError."""
+        with self._lock:
+            self._session, self._tasks = None, {}
+        self._cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _run(self, inputs: Mapping[str, Any], active: RunnableTask | None) -> dict[str, Array]:
+        session = self._open()
+        feed = complete(self._manifest.inputs, inputs, self._manifest.base.max_length)
+        options = RunOptions()
+        options.log_severity_level = WARNING
+        if active is not None:
+            active.activate(options)
+        # `active` must outlive the run: the options hold no reference to its tensors.
+        try:
+            outputs = session.run(self._outputs, feed, options)
+        except ORT_ERRORS as error:
+            raise DataError(
+                f"the model cannot run on these inputs: {str(error).strip()}",
+                there_is="; ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in feed.items()),
+            ) from error
+        return dict(zip(self._outputs, outputs, strict=True))
+
+    def _open(self) -> InferenceSession:
+        session = self._session
+        if session is None:
+            raise BuildError("this session is closed", where=str(self._build))
+        return session
+
+    def _task(self, name: str | None) -> RunnableTask | None:
+        self._open()
+        tasks = self._tasks  # one look: other threads exchange the mapping
+        if name is None:
+            return None
+        if name not in tasks:
+            raise SpecError(
+                f"there is no task '{name}'",
+                there_is=shorten(tasks) or "no task; task=None is the base itself",
+                try_=did_you_mean(str(name), tasks),
+            )
+        return tasks[name]
