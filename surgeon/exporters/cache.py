@@ -1,0 +1,110 @@
+"""A cache of converted graphs: free dimensions make the ONNX model independent of ranks, lengths and tasks.
+
+Compiling again with another rank or another task finds the same graph over the same base and copies the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from surgeon.exporters.onnx import OnnxExporter
+from surgeon.graph_text import graph_text
+from surgeon.runtime.manifest import hash_file
+
+if TYPE_CHECKING:
+    from surgeon.compiler import Compiled
+
+FILES = ("model.onnx", "model.onnx.data")
+KEEP = 4
+
+
+def cache_folder() -> Path:
+    """`$SURGEON_CACHE`, or `surgeon` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "surgeon"
+    return Path(os.environ.get("SURGEON_CACHE", default))
+
+
+def export_cached(compiled: Compiled, folder: Path) -> dict[str, Any]:
+    """Put the ONNX model into `folder`, from the cache where it holds it; returns its facts for the manifest."""
+    entry = cache_folder() / cache_key(compiled)
+    facts = _take(entry, folder)
+    if facts is None:
+        facts = _facts(OnnxExporter().export(compiled.program, folder, opset=compiled.spec.export.opset))
+        _store(entry, folder, facts)
+    return facts
+
+
+def cache_key(compiled: Compiled) -> str:
+    """Hash of all that the ONNX model depends on: base, graph, free dimensions, opset and versions."""
+    from surgeon.build import TOOLS, tool_version
+
+    deltas = [
+        (d.name, [d.free.get(a, s) for a, s in enumerate(d.shape)], list(d.default.shape))
+        for d in compiled.program.ledger.deltas.values()
+    ]
+    tools = {name: tool_version(name) for name in ("modelsurgeon", *TOOLS)}
+    parts = [compiled.base.fingerprint, graph_text(compiled.program), deltas, compiled.spec.export.opset, tools]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _facts(model: ir.Model) -> dict[str, Any]:
+    outputs = [
+        {
+            "name": value.name,
+            "dtype": str(value.dtype.numpy()) if value.dtype else "float32",
+            "axes": [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ()],
+        }
+        for value in model.graph.outputs
+    ]
+    return {"outputs": outputs, "opset": model.opset_imports[""], "ir_version": model.ir_version}
+
+
+def _take(entry: Path, folder: Path) -> dict[str, Any] | None:
+    """Copy an entry whose files are whole; a damaged one is dropped."""
+    try:
+        known = json.loads((entry / "facts.json").read_text(encoding="utf-8"))
+        for name in FILES:
+            shutil.copyfile(entry / name, folder / name)
+            if hash_file(folder / name) != known["sha256"][name]:
+                raise ValueError(name)
+        os.utime(entry)
+    except (OSError, ValueError, KeyError):
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(entry, ignore_errors=True)
+        return None
+    facts: dict[str, Any] = known["facts"]
+    return facts
+
+
+def _store(entry: Path, folder: Path, facts: dict[str, Any]) -> None:
+    """Keep a copy for later compiles. A cache that cannot be written is no reason to fail."""
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=entry.parent))
+        try:
+            for name in FILES:
+                shutil.copyfile(folder / name, partial / name)
+            hashes = {name: hash_file(partial / name) for name in FILES}
+            (partial / "facts.json").write_text(json.dumps({"facts": facts, "sha256": hashes}), encoding="utf-8")
+            partial.replace(entry)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        for old in list(_oldest_first(entry.parent))[:-KEEP]:
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError:
+        return
+
+
+def _oldest_first(folder: Path) -> Iterator[Path]:
+    entries = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    yield from sorted(entries, key=lambda p: p.stat().st_mtime)
