@@ -1,0 +1,6 @@
+"""Anatomy: a traced graph becomes sites with roles, found by structure alone, and the language that selects them."""
+
+from surgeon.anatomy.finding import find
+from surgeon.anatomy.sites import Anatomy, Attention, Embedding, Join, Norm, Projection, Site
+
+__all__ = ["Anatomy", "Attention", "Embedding", "Join", "Norm", "Projection", "Site", "find"]

@@ -1,0 +1,197 @@
+"""Fifth step of anatomy: residual joins, their chains, and what each sublayer does.
+
+A join is an add whose one term, the skip, lies above the other terms, the branches, with weights on the way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch.fx import Node
+
+from surgeon.anatomy.cores import Core
+from surgeon.anatomy.facts import CASTS, CONVOLUTIONS, PRODUCTS, Facts, rank, shapes_match, width
+from surgeon.anatomy.norms import NormOp
+from surgeon.anatomy.weighted import WeightedOp
+
+MIXERS = frozenset({"fft_fftn", "fft_fft", "fft_fft2", "fft_rfft", "avg_pool2d", "avg_pool1d", "cumsum", "scan"})
+
+
+@dataclass(frozen=True, eq=False)
+class Sublayer:
+    """One branch of a join: the value it adds, the add that consumes it, and its own nodes."""
+
+    value: Node
+    add: Node
+    own: int
+    kind: str
+    """`attention`, `mixer`, `moe` or `ffn`; cross-attention is told later, when chains are known."""
+    cores: tuple[Core, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class JoinOp:
+    """A residual add with its skip and one branch or, in a parallel block, several."""
+
+    root: Node
+    skip: Node
+    stream: Node
+    """The skip without casts and dropout: where the branches start."""
+    sublayers: tuple[Sublayer, ...]
+    interval: int
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """All that the earlier steps found."""
+
+    facts: Facts
+    weighted: dict[Node, WeightedOp]
+    norms: dict[Node, NormOp]
+    cores: dict[Node, Core]
+
+
+def joins(reading: Reading) -> list[JoinOp]:
+    """All residual joins in graph order, with their sublayers told apart."""
+    facts = reading.facts
+    active = {n for n, w in reading.weighted.items() if not w.static}
+    moving = facts.bits(active) | facts.bits(n for n in facts.nodes if facts.op[n] in MIXERS)
+    found = _without_long_skips(
+        [j for node in _outermost_adds(facts) if (j := _join(reading, node, moving)) is not None], moving
+    )
+    return [_told_apart(reading, join, found) for join in found]
+
+
+def previous(reading: Reading, join: JoinOp, roots: dict[Node, JoinOp]) -> JoinOp | None:
+    """The join whose result, normed or not, this one's skip is."""
+    return roots.get(trunk(reading, join.skip, roots))
+
+
+def trunk(reading: Reading, node: Node, roots: dict[Node, JoinOp]) -> Node:
+    """Walk back from a stream over casts and norms to the join it comes from, or as far as that goes."""
+    node = reading.facts.strip(node, [*reading.norms, *roots])
+    while node in reading.norms and node not in roots:
+        node = reading.facts.strip(reading.norms[node].input, [*reading.norms, *roots])
+    return node
+
+
+def _outermost_adds(facts: Facts) -> list[Node]:
+    adds = [n for n in facts.nodes if len(_add_terms(facts, n)) == 2]
+    consumed = {_inner_add(facts, term) for n in adds for term in _add_terms(facts, n)}
+    return [n for n in adds if n not in consumed]
+
+
+def _add_terms(facts: Facts, node: Node) -> list[Node]:
+    if facts.op[node] != "add" or node.kwargs:
+        return []
+    terms = [a for a in node.args[:2] if isinstance(a, Node) and a in facts.activations]
+    same = rank(node) >= 2 and isinstance(width(node), int) and all(shapes_match(t, node) for t in terms)
+    return terms if same and node in facts.activations else []
+
+
+def _below(facts: Facts, term: Node) -> Node:
+    """Look through dropout, casts and scaling with one reader each."""
+    node = term
+    while facts.only_user(node) is not None:
+        op, flow = facts.op[node], facts.flow(node)
+        if op not in {"dropout", *CASTS} and not (op in {"mul", "div"} and len(facts.inputs[node]) == 1):
+            break
+        node = flow[0]
+    return node
+
+
+def _inner_add(facts: Facts, term: Node) -> Node | None:
+    """The add that gives this term and nothing else, or None."""
+    inner = _below(facts, term)
+    return inner if len(_add_terms(facts, inner)) == 2 and facts.only_user(inner) is not None else None
+
+
+def _tree(facts: Facts, add: Node) -> list[tuple[Node, Node]]:
+    """The leaves of a tree of adds, each with the add that consumes it."""
+    leaves = []
+    for term in _add_terms(facts, add):
+        inner = _inner_add(facts, term)
+        leaves += _tree(facts, inner) if inner else [(term, add)]
+    return leaves
+
+
+def _join(reading: Reading, root: Node, moving: int) -> JoinOp | None:
+    facts = reading.facts
+    leaves = _tree(facts, root)
+    best: tuple[Node, Node, list[tuple[Node, Node]]] | None = None
+    for skip, _ in leaves:
+        stream = facts.strip(skip, reading.norms)
+        branches = [(u, add) for u, add in leaves if u is not skip and facts.interval(stream, u) & moving]
+        branches = [(u, add) for u, add in branches if facts.is_above(stream, u) and _ends_projected(reading, u)]
+        if branches and (best is None or len(branches) > len(best[2])):
+            best = (skip, stream, branches)
+    if best is None:
+        return None
+    skip, stream, branches = best
+    sublayers = tuple(Sublayer(u, add, facts.interval(stream, u), "", ()) for u, add in branches)
+    interval = 0
+    for sublayer in sublayers:
+        interval |= sublayer.own
+    return JoinOp(root, skip, stream, sublayers, interval)
+
+
+def _ends_projected(reading: Reading, value: Node) -> bool:
+    """Whether a weighted op (or a transform over positions) comes last, before any product of activations."""
+    facts = reading.facts
+    todo, seen = [value], {value}
+    while todo:
+        node = todo.pop(todo.index(max(todo, key=facts.position.__getitem__)))
+        op = facts.op[node]
+        weighted = reading.weighted.get(node)
+        if (weighted and not weighted.depthwise) or (op in MIXERS and op != "cumsum"):
+            return True
+        if node in reading.cores or op == "cumsum" or (op in PRODUCTS and weighted is None):
+            return False
+        fresh = [i for i in facts.flow(node) if i not in seen]
+        seen.update(fresh)
+        todo.extend(fresh)
+    return False
+
+
+def _without_long_skips(found: list[JoinOp], moving: int) -> list[JoinOp]:
+    """Drop joins that bring an early state back: all their weights belong to other joins."""
+    kept = []
+    for join in found:
+        rest = join.interval
+        for other in found:
+            if other is not join:
+                rest &= ~other.interval
+        if rest & moving:
+            kept.append(join)
+    return kept
+
+
+def _told_apart(reading: Reading, join: JoinOp, every: list[JoinOp]) -> JoinOp:
+    facts = reading.facts
+    nested = 0
+    for other in every:
+        if other is not join and join.interval & facts.bit(other.root):
+            nested |= other.interval
+    sublayers = []
+    for sublayer in join.sublayers:
+        own = sublayer.own & ~nested
+        cores = tuple(core for node, core in reading.cores.items() if own & facts.bit(node))
+        sublayers.append(replace(sublayer, own=own, cores=cores, kind=_kind(reading, own, cores)))
+    return replace(join, sublayers=tuple(sublayers))
+
+
+def _kind(reading: Reading, own: int, cores: tuple[Core, ...]) -> str:
+    facts = reading.facts
+    nodes = list(facts.members(own))
+    if cores:
+        return "attention"
+    if any(facts.op[n] == "topk" or (n in reading.weighted and reading.weighted[n].expert) for n in nodes):
+        return "moe"
+    mixing = MIXERS | PRODUCTS | CONVOLUTIONS
+    plain = {n for n, w in reading.weighted.items() if facts.op[n] not in CONVOLUTIONS or _pointwise(w)}
+    return "mixer" if any(facts.op[n] in mixing and n not in plain for n in nodes) else "ffn"
+
+
+def _pointwise(weighted: WeightedOp) -> bool:
+    value = weighted.weight.meta["val"]
+    return all(int(size) == 1 for size in value.shape[2:])

@@ -1,0 +1,114 @@
+"""A tool of anatomy: run a piece of the graph alone on made-up values, to learn what no pattern tells.
+
+Which output features of a fused projection feed the query, the key or the value is exact for every layout this
+way: cut the graph behind the projection, run up to the operand, differentiate, and see where the gradient is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node, map_arg
+
+from surgeon.anatomy.facts import Facts
+
+
+def features(facts: Facts, source: Node, target: Node) -> tuple[int, ...]:
+    """Indices on the last axis of `source` that `target` depends on."""
+    runner = Runner(facts, source)
+    with torch.enable_grad():
+        result = runner.value(target)
+        (gradient,) = torch.autograd.grad((result * _random(result, 0.5)).sum(), runner.cut)
+    used = gradient.reshape(-1, gradient.shape[-1]).ne(0).any(0)
+    return tuple(used.nonzero().flatten().tolist())
+
+
+def integers(facts: Facts, node: Node, fill: int) -> Tensor | None:
+    """The integers that `node` computes when every input is `fill`; None where they depend on activations."""
+    if node in facts.activations:
+        return None
+    value = Runner(facts, None, fill).value(node)
+    return value if isinstance(value, Tensor) else None
+
+
+class Runner:
+    """Evaluates nodes backwards from what is asked, on the sizes that the trace was made with.
+
+    Floating values that do not come from `source` are made up: only the way from it is of interest. Made-up
+    values are positive, so that no rectifier hides a dependence.
+    """
+
+    def __init__(self, facts: Facts, source: Node | None, fill: int = 1) -> None:
+        self.facts = facts
+        self.fill = fill
+        self.known: dict[Node, Any] = {}
+        self.way = 0
+        self.cut = torch.empty(0)
+        if source is not None:
+            self.way = facts.below[facts.position[source]]
+            self.cut = _made_up(source).requires_grad_()
+            # Behind a clone: the region may write to it in place.
+            self.known[source] = self.cut.clone()
+
+    def value(self, target: Node) -> Any:
+        """The value of one node."""
+        for node in self._needed(target):
+            self.known[node] = self._evaluate(node)
+        return self.known[target]
+
+    def _needed(self, target: Node) -> list[Node]:
+        needed, todo = set(), [target]
+        while todo:
+            node = todo.pop()
+            if node in needed or node in self.known:
+                continue
+            needed.add(node)
+            if not self._is_made_up(node):
+                todo.extend(dict.fromkeys([*node.all_input_nodes, *self.facts.inputs[node]]))
+        return sorted(needed, key=self.facts.position.__getitem__)
+
+    def _is_made_up(self, node: Node) -> bool:
+        """Floating and not on the way; buffers that hold real numbers are read instead."""
+        if self.way & self.facts.bit(node):
+            return False
+        value = node.meta.get("val")
+        return isinstance(value, Tensor) and value.is_floating_point() and bool(self.way)
+
+    def _evaluate(self, node: Node) -> Any:
+        value = node.meta.get("val")
+        if self._is_made_up(node):
+            return _made_up(node)
+        if node.op == "placeholder":
+            return torch.full(_sizes(value), self.fill, dtype=value.dtype)
+        if node.op == "get_attr":
+            return self.facts.tensor(node).detach().clone()
+        if not isinstance(value, (Tensor, list, tuple)):
+            return _number(value)
+        if self.facts.op[node] == "dropout":
+            return self.known[node.args[0]]  # type: ignore[index]
+        args, kwargs = (map_arg(a, self.known.__getitem__) for a in (node.args, dict(node.kwargs)))
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+
+def _made_up(node: Node) -> Tensor:
+    value = node.meta["val"]
+    return _random(torch.empty(_sizes(value), dtype=value.dtype), 0.5)
+
+
+def _random(like: Tensor, low: float) -> Tensor:
+    rng = torch.Generator().manual_seed(like.numel())
+    return (torch.rand(like.shape, generator=rng) + low).to(like.dtype)
+
+
+def _sizes(value: Tensor) -> list[int]:
+    return [_number(size) for size in value.shape]
+
+
+def _number(value: Any) -> Any:
+    """A size as the trace's own sample had it."""
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value
+    return value.node.maybe_as_int() if value.node.maybe_as_int() is not None else value.node.hint

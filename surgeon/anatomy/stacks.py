@@ -1,0 +1,201 @@
+"""Sixth step of anatomy: stacks and layers. A stack is a chain of joins, each one's skip being the last one's result."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from torch.fx import Node
+
+from surgeon.anatomy.cores import Core
+from surgeon.anatomy.facts import LAYOUTS, Facts
+from surgeon.anatomy.joins import JoinOp, Reading, Sublayer, previous
+
+
+@dataclass(eq=False)
+class Stack:
+    """A chain of joins with its name and the layer of each join."""
+
+    joins: list[JoinOp]
+    name: str = ""
+    layers: list[int] = field(default_factory=list)
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return max(self.layers, default=-1) + 1
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a sublayer stands."""
+
+    stack: Stack
+    join: JoinOp
+    sublayer: Sublayer
+    layer: int
+    kind: str
+    """The sublayer's kind, with `cross_attention` told from `attention`."""
+
+
+def stacks(reading: Reading, joins: list[JoinOp]) -> list[Stack]:
+    """Chains of joins with layers numbered by call order; names come with `places`."""
+    roots = {join.root: join for join in joins}
+    chains: list[Stack] = []
+    home: dict[JoinOp, Stack] = {}
+    for join in joins:
+        before = previous(reading, join, roots)
+        if before is None or before not in home:
+            chains.append(Stack([]))
+        chain = chains[-1] if before is None or before not in home else home[before]
+        chain.joins.append(join)
+        home[join] = chain
+    return chains
+
+
+def places(reading: Reading, chains: list[Stack]) -> tuple[list[Place], list[str]]:
+    """Every sublayer with its stack, layer and kind, in graph order; and notes on what was ambiguous."""
+    notes = []
+    kinds = {s: _crossing(reading, s, chain, chains) for chain in chains for j in chain.joins for s in j.sublayers}
+    for chain in chains:
+        chain.layers, note = _layers(reading, chain, kinds)
+        notes += note
+    _name(reading.facts, chains, kinds)
+    found = [
+        Place(chain, join, sublayer, layer, kinds[sublayer])
+        for chain in chains
+        for join, layer in zip(chain.joins, chain.layers, strict=True)
+        for sublayer in join.sublayers
+    ]
+    return sorted(found, key=lambda p: reading.facts.position[p.join.root]), notes
+
+
+def stack_above(reading: Reading, node: Node, chains: list[Stack]) -> Stack | None:
+    """The stack of the last join above a value."""
+    above = reading.facts.above[reading.facts.position[node]]
+    return _latest(reading.facts, above, chains)
+
+
+def stack_below(reading: Reading, node: Node, chains: list[Stack]) -> Stack | None:
+    """The stack of the first join below a value."""
+    facts = reading.facts
+    below = facts.below[facts.position[node]]
+    found = [(facts.position[j.root], chain) for chain in chains for j in chain.joins if below & facts.bit(j.root)]
+    return min(found, key=lambda f: f[0])[1] if found else None
+
+
+def _latest(facts: Facts, nodes: int, chains: list[Stack]) -> Stack | None:
+    found = [(facts.position[j.root], chain) for chain in chains for j in chain.joins if nodes & facts.bit(j.root)]
+    return max(found, key=lambda f: f[0])[1] if found else None
+
+
+def _crossing(reading: Reading, sublayer: Sublayer, chain: Stack, chains: list[Stack]) -> str:
+    """`cross_attention` where no key comes from this sublayer's own stream but all from another stack."""
+    if sublayer.kind != "attention":
+        return sublayer.kind
+    facts = reading.facts
+    keys = [op for core in sublayer.cores for op in facts.nearest_above(core.key, reading.weighted)]
+    if not keys or any(sublayer.own & facts.bit(op) for op in keys):
+        return sublayer.kind
+    sources = {stack_above(reading, op, chains) for op in keys}
+    return "cross_attention" if chain not in sources else sublayer.kind
+
+
+def _layers(reading: Reading, chain: Stack, kinds: dict[Sublayer, str]) -> tuple[list[int], list[str]]:
+    """Cut a chain by the modules' own numbers where these are sound, else at each mixing after a feed-forward."""
+    by_structure = _by_structure(chain, kinds)
+    indices = [_module_index(join.root) for join in chain.joins]
+    numbers = [i for i in indices if i is not None]
+    sound = len(numbers) == len(indices) and numbers == sorted(numbers) and not _weights_recur(reading, chain, numbers)
+    if not sound or (len(set(numbers)) == 1 and max(by_structure) > 0):
+        return by_structure, []
+    order = sorted(set(numbers))
+    by_module = [order.index(i) for i in numbers]
+    note = f"layers: {len(order)} by module, {max(by_structure) + 1} by structure; taken by module"
+    return by_module, [note] if by_module != by_structure else []
+
+
+def _by_structure(chain: Stack, kinds: dict[Sublayer, str]) -> list[int]:
+    layer, fed, layers = 0, False, []
+    for join in chain.joins:
+        mixes = any(kinds[s] in {"attention", "mixer"} for s in join.sublayers)
+        if mixes and fed:
+            layer, fed = layer + 1, False
+        fed = fed or any(kinds[s] in {"ffn", "moe"} for s in join.sublayers)
+        layers.append(layer)
+    return layers
+
+
+def _module_index(node: Node) -> int | None:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else ""
+    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
+    return int(number[1]) if number else None
+
+
+def _weights_recur(reading: Reading, chain: Stack, numbers: list[int]) -> bool:
+    """Whether one module number covers two calls of one weight: layers that share their weights."""
+    seen: set[tuple[int, str]] = set()
+    for join, number in zip(chain.joins, numbers, strict=True):
+        nodes = set(reading.facts.members(join.interval))
+        for key in {(number, str(w.weight.target)) for n, w in reading.weighted.items() if n in nodes}:
+            if key in seen:
+                return True
+            seen.add(key)
+    return False
+
+
+def _name(facts: Facts, chains: list[Stack], kinds: dict[Sublayer, str]) -> None:
+    """The stack that attends across is the decoder, the one it reads the encoder; a lone one goes by its mask."""
+    if not chains:
+        return
+    deep = [c for c in chains if any(kinds[s] == "cross_attention" for j in c.joins for s in j.sublayers)]
+    main = max(chains, key=lambda c: len(c.joins))
+    if deep:
+        names = {deep[0]: "decoder"}
+        rest = [c for c in chains if c is not deep[0]]
+        if rest:
+            names[max(rest, key=lambda c: len(c.joins))] = "encoder"
+    else:
+        names = {main: "decoder" if is_causal(facts, main) else "encoder"}
+    for number, chain in enumerate(chains):
+        chain.name = names.get(chain, f"stack{number}")
+
+
+def is_causal(facts: Facts, chain: Stack) -> bool:
+    """Whether some attention of the stack masks by a triangle."""
+    return any(_masks_triangle(facts, c) for j in chain.joins for s in j.sublayers for c in s.cores)
+
+
+def _masks_triangle(facts: Facts, core: Core) -> bool:
+    """`is_causal`, or a mask computed by tril or triu, by comparing two ranges, or read from a triangular buffer."""
+    if core.causal:
+        return True
+    todo, seen = list(core.masks), set(core.masks)
+    while todo:
+        node = todo.pop()
+        if _is_triangle(facts, node):
+            return True
+        fresh = [i for i in facts.inputs[node] if i not in seen and i not in facts.activations]
+        seen.update(fresh)
+        todo.extend(fresh)
+    return False
+
+
+def _is_triangle(facts: Facts, node: Node) -> bool:
+    op = facts.op[node]
+    if op in {"tril", "triu"}:
+        return True
+    if op in {"le", "lt", "ge", "gt"}:
+        return len(facts.inputs[node]) == 2 and all(_is_range(facts, i) for i in facts.inputs[node])
+    if node.op == "get_attr" and not facts.parameters[node]:
+        tensor = facts.tensor(node)
+        square = tensor.ndim >= 2 and tensor.shape[-1] == tensor.shape[-2] > 1 and not tensor.is_meta
+        return square and bool((tensor.tril() == tensor).all()) and not bool((tensor.triu() == tensor).all())
+    return False
+
+
+def _is_range(facts: Facts, node: Node) -> bool:
+    while facts.op[node] in LAYOUTS | {"add", "slice"} and len(facts.inputs[node]) == 1:
+        node = facts.inputs[node][0]
+    return facts.op[node] == "arange"

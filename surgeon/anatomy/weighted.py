@@ -1,0 +1,128 @@
+"""Second step of anatomy: weighted ops, the call sites where a parameter meets an activation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from surgeon.anatomy.facts import CONVOLUTIONS, PRODUCTS, RESHAPES, Facts, Weight, rank, shape, width
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedOp:
+    """One call site of a weight."""
+
+    node: Node
+    input: Node
+    output: Node
+    weight: Node
+    bias: Node | None
+    in_first: bool
+    in_features: int
+    out_features: int
+    plain: bool
+    """A two-dimensional weight on the last axis: what a delta can be added to."""
+    expert: bool
+    static: bool
+    """The operand is itself computed of weights: relative positions, say."""
+    depthwise: bool
+
+    @property
+    def path(self) -> str:
+        """Module path of the weight's owner."""
+        return str(self.weight.target).rpartition(".")[0]
+
+
+def weighted_ops(facts: Facts) -> dict[Node, WeightedOp]:
+    """All weighted ops by node, in graph order."""
+    return {node: op for node in facts.nodes if (op := _weighted(facts, node)) is not None}
+
+
+def _weighted(facts: Facts, node: Node) -> WeightedOp | None:
+    op = facts.op[node]
+    if op == "linear" or op in CONVOLUTIONS:
+        operand, factor, weight_last = node.args[0], node.args[1], False
+    elif op in {"addmm", "baddbmm"}:
+        operand, factor, weight_last = node.args[1], node.args[2], True
+    elif op in {"matmul", "mm", "bmm"} or "grouped_mm" in op:
+        operand, factor, weight_last = node.args[0], node.args[1], True
+    elif op == "einsum" and isinstance(node.args[1], (list, tuple)) and len(node.args[1]) == 2:
+        (operand, factor), weight_last = node.args[1], True
+    else:
+        return None
+    if not isinstance(operand, Node) or not isinstance(factor, Node) or factor not in facts.fixed | _chosen(facts, factor):
+        return None
+    static = operand in facts.fixed and bool(facts.parameters[operand])
+    weight = facts.weight(factor)
+    if weight is None or not (operand in facts.activations or static):
+        return None
+    return _call_site(facts, node, operand, weight, weight_last, static)
+
+
+def _chosen(facts: Facts, factor: Node) -> set[Node]:
+    """`factor` where it is picked from a bank of weights by a computed index: not fixed, and yet a weight."""
+    weight = facts.weight(factor)
+    return {factor} if weight and weight.chosen else set()
+
+
+def _call_site(
+    facts: Facts, node: Node, operand: Node, weight: Weight, weight_last: bool, static: bool
+) -> WeightedOp:
+    op = facts.op[node]
+    sizes = [s for s in shape(weight.node) if isinstance(s, int)]
+    in_first = weight_last != weight.transposed
+    expert = weight.chosen or "grouped_mm" in op
+    plain = op not in CONVOLUTIONS and op != "einsum" and (len(sizes) == 2 or (expert and len(sizes) == 3))
+    groups = node.args[-1] if op in CONVOLUTIONS else 1
+    ends = (sizes[-2], sizes[-1]) if len(sizes) >= 2 else (0, 0)
+    if op in CONVOLUTIONS:
+        ends = (sizes[0], sizes[1])
+    in_features, out_features = ends if in_first else ends[::-1]
+    bias = _inner_bias(facts, node, out_features)
+    source, output, bias = _unfold(facts, operand, node, bias, out_features)
+    return WeightedOp(
+        node=node,
+        input=source,
+        output=output,
+        weight=weight.node,
+        bias=bias,
+        in_first=in_first,
+        in_features=in_features,
+        out_features=out_features,
+        plain=plain,
+        expert=expert,
+        static=static,
+        depthwise=op in CONVOLUTIONS and isinstance(groups, int) and groups > 1 and sizes[1] == 1,
+    )
+
+
+def _inner_bias(facts: Facts, node: Node, features: int) -> Node | None:
+    op = facts.op[node]
+    if op == "addmm":
+        return facts.vector(node.args[0], features)
+    if (op == "linear" or op in CONVOLUTIONS) and len(node.args) > 2:
+        return facts.vector(node.args[2], features)
+    return None
+
+
+def _unfold(
+    facts: Facts, operand: Node, node: Node, bias: Node | None, features: int
+) -> tuple[Node, Node, Node | None]:
+    """Input and output as batch-first values of equal rank: before a flattening view, behind its inverse and the bias."""
+    source, output = operand, node
+    flattened = facts.op[operand] in RESHAPES and rank(operand) == 2 and rank(facts.inputs[operand][0]) > 2
+    for _ in range(2):
+        user = facts.only_user(output)
+        if user is None:
+            break
+        before = facts.inputs[operand][0] if flattened else None
+        if before and facts.op[user] in RESHAPES and rank(user) == rank(before) and width(user) == features:
+            source, output, flattened = before, user, False
+        elif bias is None and facts.op[user] == "add" and facts.op[node] in PRODUCTS | {"linear"}:
+            other = [a for a in user.args if a is not output]
+            bias = facts.vector(other[0], features) if len(other) == 1 else None
+            output = user if bias else output
+    if width(source) != width(operand):
+        return operand, node, bias
+    return source, output, bias
