@@ -36,7 +36,9 @@ def check_writable(out: Path) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise BuildError("the output is not a directory", where=str(out))
     if out.is_dir() and any(out.iterdir()):
-        raise BuildError("the output directory is not empty", where=str(out), try_="another directory, or empty it first")
+        raise BuildError(
+            "the output directory is not empty", where=str(out), try_="another directory, or empty it first"
+        )
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise BuildError("the output directory cannot be written", where=str(out), there_is=f"{parent} is read-only")
@@ -95,9 +97,7 @@ def pack(compiled: Compiled, build: Path, task: str) -> None:
         (build / name).unlink(missing_ok=True)
 
 
-def load(
-    build: str | Path, base: PreTrainedModel | None = None, *, progress: Progress | None = None
-) -> Compiled:
+def load(build: str | Path, base: PreTrainedModel | None = None, *, progress: Progress | None = None) -> Compiled:
     """Open a build for more training: its spec on its base, every task with the weights packed last.
 
     Raises BuildError for a damaged build, DeltaError where the base is not the one it was built from.
@@ -128,7 +128,7 @@ def load(
 
 
 def read_weights(path: Path, fingerprint: str) -> dict[str, Tensor]:
-    """Trained tensors from a safetensors file. Raises DeltaError for another base or a damaged file; never unpickles."""
+    """Trained tensors from a safetensors file. Raises DeltaError for another base or a damaged file."""
     if path.suffix != ".safetensors":
         raise DeltaError(
             "weights are read from .safetensors files only",
@@ -138,7 +138,7 @@ def read_weights(path: Path, fingerprint: str) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise DeltaError(f"the weights cannot be read: {error}", where=str(path)) from error
     theirs = metadata.get("base")

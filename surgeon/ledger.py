@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,10 @@ class Delta:
     default: Tensor
     init: Init | None
 
+    def sample(self) -> Tensor:
+        """Zeros to trace with: free axes of at least two, since sizes 0 and 1 are frozen by a trace."""
+        return torch.zeros([max(s, 2) if a in self.free else s for a, s in enumerate(self.shape)], dtype=self.dtype)
+
     def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape where the free symbols named in `sizes` take that size."""
         return tuple(sizes.get(self.free.get(axis, ""), size) for axis, size in enumerate(self.shape))
@@ -52,6 +57,14 @@ class Trained:
     shape: tuple[int, ...]
     dtype: torch.dtype
     init: Init
+
+
+class Start(NamedTuple):
+    """Shape, initialisation and type of a trained tensor."""
+
+    shape: tuple[int, ...]
+    init: Init
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,9 @@ class Ledger:
         else:
             self.trained[entry.name] = entry
 
-    def parameters(self, sizes: Mapping[str, int] | None = None) -> dict[str, tuple[tuple[int, ...], Init, torch.dtype]]:
+    def parameters(
+        self, sizes: Mapping[str, int] | None = None
+    ) -> dict[str, tuple[tuple[int, ...], Init, torch.dtype]]:
         """Name, shape, init and dtype of every trained tensor, for a task with these free sizes."""
         own = {d.name: (d.sized(sizes or {}), d.init, d.dtype) for d in self.deltas.values() if d.init}
         return own | {t.name: (t.shape, t.init, t.dtype) for t in self.trained.values()}
@@ -108,8 +123,8 @@ class Ledger:
 def initial(ledger: Ledger, seed: str, sizes: Mapping[str, int] | None = None) -> dict[str, Tensor]:
     """Fresh trained tensors; each depends on `seed` and its own name only, so specs can grow without reshuffling."""
     return {
-        name: init(shape, generator(f"{seed}/{name}")).to(dtype)
-        for name, (shape, init, dtype) in ledger.parameters(sizes).items()
+        name: start.init(start.shape, generator(f"{seed}/{name}")).to(start.dtype)
+        for name, start in ledger.parameters(sizes).items()
     }
 
 

@@ -33,7 +33,15 @@ class TaskModel(nn.Module):
     """
 
     def __init__(
-        self, graph: fx.GraphModule, ledger: Ledger, inputs: tuple[Input, ...], config: Any, head: str, *, labels: list[str] | int | None, seed: str
+        self,
+        graph: fx.GraphModule,
+        ledger: Ledger,
+        inputs: tuple[Input, ...],
+        config: Any,
+        head: str,
+        *,
+        labels: list[str] | int | None,
+        seed: str,
     ) -> None:
         super().__init__()
         self.ledger = ledger
@@ -121,7 +129,7 @@ class TaskModel(nn.Module):
         return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k[len(prefix) :] in own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Take trained tensors of this task; free sizes may differ. Raises DeltaError where names or shapes do not fit."""
+        """Take trained tensors; free sizes may differ. Raises DeltaError where names or shapes do not fit."""
         check_trained(self.ledger, state_dict)
         for name, tensor in state_dict.items():
             own = self.get_parameter(name)

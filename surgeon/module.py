@@ -15,7 +15,7 @@ class SwitchableAttention(nn.Module):
         super().__init__()
         self.p = p
 
-    def forward(
+    def forward(  # noqa: PLR0917 - the signature of the operator it stands for
         self,
         query: Tensor,
         key: Tensor,
@@ -65,9 +65,13 @@ def _switch_attention(root: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _make_switchable(
-    root: fx.GraphModule, node: fx.Node, module: nn.Module, args: tuple[fx.node.Argument, ...], kwargs: dict[str, fx.node.Argument]
+    root: fx.GraphModule,
+    node: fx.Node,
+    module: nn.Module,
+    args: tuple[fx.node.Argument, ...],
+    kwargs: dict[str, fx.node.Argument],
 ) -> None:
-    name = f"{type(module).__name__}_p{getattr(module, 'p'):g}".replace(".", "_")
+    name = f"{type(module).__name__}_p{module.p:g}".replace(".", "_")
     if not hasattr(root, name):
         root.add_submodule(name, module)
     with root.graph.inserting_before(node):

@@ -153,7 +153,8 @@ class Program:
         anchor = max(inputs)
         env: dict[fx.Node, Argument] = {}
         with self.graph.inserting_before(anchor.next):
-            arguments = iter([*inputs, *(self._read(delta, fake) for delta, fake in zip(deltas, fakes[len(inputs) :], strict=True))])
+            read = [self._read(delta, fake) for delta, fake in zip(deltas, fakes[len(inputs) :], strict=True)]
+            arguments = iter([*inputs, *read])
             for inner in body.graph.nodes:
                 if inner.op == "placeholder":
                     env[inner] = next(arguments)
@@ -213,10 +214,10 @@ class Program:
         """A fake of the delta whose free axes are symbols, so that no body can depend on this spec's size."""
         modes = (n.meta["val"].fake_mode for n in self.graph.nodes if isinstance(n.meta.get("val"), FakeTensor))
         dynamic = [DimDynamic.DYNAMIC if axis in delta.free else DimDynamic.STATIC for axis in range(len(delta.shape))]
-        example = torch.empty([max(s, 2) if a in delta.free else s for a, s in enumerate(delta.shape)], dtype=delta.dtype)
         device = next(self.graph_module.parameters()).device
+        example = delta.sample()
         return next(modes).from_tensor(
-            example.to("cpu" if device.type == "meta" else device),
+            example if device.type == "meta" else example.to(device),
             symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic),
         )
 

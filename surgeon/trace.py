@@ -9,9 +9,8 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -133,9 +132,10 @@ def _quiet() -> Iterator[None]:
 def normalise(graph_module: fx.GraphModule, model: torch.nn.Module) -> None:
     """Bring a fresh trace into the one form that anatomy and passes read."""
     for node in list(graph_module.graph.nodes):
-        if node.op == "call_module" and node.target == "_guards_fn":
-            graph_module.graph.erase_node(node)
-        elif node.target in (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default):
+        if (node.op == "call_module" and node.target == "_guards_fn") or node.target in (
+            torch.ops.aten._assert_tensor_metadata.default,
+            torch.ops.aten._assert_scalar.default,
+        ):
             graph_module.graph.erase_node(node)
     _inline_grad_blocks(graph_module)
     _canonical_names(graph_module, _checkpoint_names(model))

@@ -67,7 +67,7 @@ def _i1_graph(program: Program) -> None:
     program.graph.lint()
     for node in program.graph.nodes:
         if node.op in ("call_function", "call_module", "get_attr") and node.users and node.meta.get("val") is None:
-            raise InvariantError("I1: a node has no shape", where=f"{node} ({node.target}) of {node.meta.get('surgeon')}")
+            raise InvariantError(f"I1: {node} ({node.target}) has no shape", where=str(node.meta.get("surgeon")))
 
 
 def _i2_base(program: Program, before: Reference) -> None:

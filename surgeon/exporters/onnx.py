@@ -66,7 +66,7 @@ def convert(program: Program, opset: int) -> ir.Model:
     module = Lifted(switchable(program.graph_module).eval())
     vocabulary = max((e.rows for e in program.anatomy.embeddings if e.role == "embedding.token"), default=100)
     inputs = sample_inputs(program.inputs, vocabulary, torch.device("cpu"))
-    samples = {d.name: torch.zeros([max(s, 2) if a in d.free else s for a, s in enumerate(d.shape)], dtype=d.dtype) for d in deltas.values()}
+    samples = {d.name: d.sample() for d in deltas.values()}
     shapes = {
         "inputs": {i.name: dict.fromkeys(range(len(i.axes)), Dim.DYNAMIC) for i in program.inputs},
         "deltas": {d.name: dict.fromkeys(d.free, Dim.DYNAMIC) for d in deltas.values()},
@@ -92,7 +92,9 @@ def convert(program: Program, opset: int) -> ir.Model:
                 verbose=False,
             )
         except Exception as error:
-            raise TraceError(f"the rewritten graph does not convert to ONNX: {str(error).strip().splitlines()[0]}") from error
+            raise TraceError(
+                f"the rewritten graph does not convert to ONNX: {str(error).strip().splitlines()[0]}"
+            ) from error
     assert converted is not None
     model = converted.model
     name_axes(model, {i.name: i.axes for i in program.inputs}, deltas)
@@ -154,7 +156,11 @@ def quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -55,7 +55,7 @@ class Adapter(Pass):
     )
     where: Where | None = Field(
         None,
-        description="Joins to adapt; unset it is every attention and feed-forward join for `houlsby`, `residual.ffn` else.",
+        description="Joins to adapt; unset it is every attention and feed-forward for `houlsby`, `residual.ffn` else.",
     )
 
     def call(self, program: Program) -> PassResult:

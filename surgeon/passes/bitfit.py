@@ -70,7 +70,8 @@ class BitFit(Pass):
 
     def _train_slice(self, program: Program, site: Projection, name: str) -> None:
         """The bias of one role of a fused projection: its features come from the delta, the others from the base."""
-        assert site.features is not None and site.bias_node is not None
+        assert site.features is not None
+        assert site.bias_node is not None
         own = list(site.features)
         base = program.tensor(name)
         start = base.detach()[own] if base.device.type != "meta" else torch.zeros(len(own))

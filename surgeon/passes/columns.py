@@ -93,7 +93,9 @@ def _neutral(node: fx.Node, operand: fx.Node) -> float:
         return 0.0
     if name == "where" and node.args[0] is operand:
         return 1.0 if node.args[1] in node.all_input_nodes and _is_scores(node, 1) else 0.0
-    raise InvariantError(f"no neutral column is known for '{node.target}' on the way of attention scores", where=str(node))
+    raise InvariantError(
+        f"no neutral column is known for '{node.target}' on the way of attention scores", where=str(node)
+    )
 
 
 def _is_scores(node: fx.Node, position: int) -> bool:

@@ -1,6 +1,6 @@
 """Head: a classifier of the task's own, in place of the base's.
 
-    logits = h·W + b      W [d, labels], b [labels]; the number of labels is free per task
+logits = h·W + b      W [d, labels], b [labels]; the number of labels is free per task
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class LoRA(Pass):
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the product's input, in training only.")
     where: Where = Field(
-        "attention.query, attention.value".split(", "),
+        ("attention.query", "attention.value"),
         validate_default=True,
         description="Projections to adapt; as in the paper, the queries and values of self-attention.",
     )
@@ -64,7 +64,7 @@ class LoRA(Pass):
         limit = min(site.in_features, site.out_features)
         if rank > limit:
             raise SpecError(
-                f"lora.rank {rank} is larger than the projection {site.label} ({site.in_features} -> {site.out_features})",
+                f"lora.rank {rank} is larger than {site.label} ({site.in_features} -> {site.out_features})",
                 try_=f"a rank of at most {limit}; more cannot add anything to a matrix of that rank",
             )
         part = site.role.rpartition(".")[2] if site.features else ""

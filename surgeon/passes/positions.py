@@ -24,9 +24,7 @@ def shift_positions(program: Program, stack: str, prefix: Delta) -> None:
     for reader, operand in list(position_operands(program, stack)):
         source = _behind_cumsum(operand)
         if source not in moved:
-            moved[source] = program.insert(
-                lambda p, t: p + t.shape[-2], [program.current(source)], (prefix,)
-            )
+            moved[source] = program.insert(lambda p, t: p + t.shape[-2], [program.current(source)], (prefix,))
             if source is not operand:
                 for user in [u for u in source.users if u is not moved[source]]:
                     user.replace_input_with(source, moved[source])
@@ -56,7 +54,12 @@ def _candidates(node: fx.Node, angles: set[fx.Node]) -> list[fx.Node]:
     if node in angles and node.op == "call_function" and node.all_input_nodes:
         operand, value = node.all_input_nodes[0], node.meta.get("val")
         before = operand.meta.get("val")
-        if isinstance(value, Tensor) and isinstance(before, Tensor) and value.is_floating_point() and not before.is_floating_point():
+        if (
+            isinstance(value, Tensor)
+            and isinstance(before, Tensor)
+            and value.is_floating_point()
+            and not before.is_floating_point()
+        ):
             return [operand]
     return []
 
@@ -114,5 +117,3 @@ class _Probe:
             return self.program.tensor(str(node.target))
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: self.known[n])
         return node.target(*args, **kwargs)  # type: ignore[operator]
-
-

@@ -61,14 +61,12 @@ class Prefix(Pass):
         init: Init | None = normal(self.std) if self.hidden is None else None
         pairs = []
         for site in sites:
-            key = program.delta(
-                site, "prefix.key", (site.kv_heads, self.length, site.head_dim), init, free={1: symbol}
-            )
+            key = program.delta(site, "prefix.key", (site.kv_heads, self.length, site.head_dim), init, free={1: symbol})
             value = program.delta(
                 site, "prefix.value", (site.kv_heads, self.length, site.value_dim), init, free={1: symbol}
             )
             scoring = ancestors(site.scores)
-            readers = [u for u in site.key.users if u in scoring and site.mixed is not u or u is site.scores]
+            readers = [user for user in site.key.users if user in scoring]
             program.replace_operand(readers, site.key, in_front(site), (key,))
             program.replace_operand([site.mixed], site.value, in_front(site), (value,))
             pairs.append((key, value))
@@ -98,8 +96,7 @@ class Prefix(Pass):
             rows = torch.tanh(e @ w1 + b1) @ w2 + b2
             pieces = rows.split(flat, -1)
             return tuple(
-                p.unflatten(-1, (d.shape[0], d.shape[2])).transpose(0, 1)
-                for p, d in zip(pieces, deltas, strict=True)
+                p.unflatten(-1, (d.shape[0], d.shape[2])).transpose(0, 1) for p, d in zip(pieces, deltas, strict=True)
             )
 
         program.fold(names, [d.name for d in deltas], unfold)
