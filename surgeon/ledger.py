@@ -101,12 +101,10 @@ class Ledger:
         else:
             self.trained[entry.name] = entry
 
-    def parameters(
-        self, sizes: Mapping[str, int] | None = None
-    ) -> dict[str, tuple[tuple[int, ...], Init, torch.dtype]]:
-        """Name, shape, init and dtype of every trained tensor, for a task with these free sizes."""
-        own = {d.name: (d.sized(sizes or {}), d.init, d.dtype) for d in self.deltas.values() if d.init}
-        return own | {t.name: (t.shape, t.init, t.dtype) for t in self.trained.values()}
+    def parameters(self, sizes: Mapping[str, int] | None = None) -> dict[str, Start]:
+        """How every trained tensor starts, for a task with these free sizes."""
+        own = {d.name: Start(d.sized(sizes or {}), d.init, d.dtype) for d in self.deltas.values() if d.init}
+        return own | {t.name: Start(t.shape, t.init, t.dtype) for t in self.trained.values()}
 
     def deploy(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Fold trained tensors into deployed ones, in the ledger's order."""

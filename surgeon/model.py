@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class TaskModel(nn.Module):
         config: Any,
         head: str,
         *,
-        labels: list[str] | int | None,
+        labels: Sequence[str] | int | None,
         seed: str,
     ) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class TaskModel(nn.Module):
         return torch.cat([first, labels[:, :-1].masked_fill(labels[:, :-1] == -100, self.config.pad_token_id)], 1)
 
     def _loss(self, output: Any, labels: Mapping[str, Tensor]) -> Tensor:
-        loss = LOSS_MAPPING[LOSSES[self.head]]
+        loss: Callable[..., Tensor] = LOSS_MAPPING[LOSSES[self.head]]
         if self.head == "question-answering":
             return loss(output.start_logits, output.end_logits, **labels)
         if self.head in ("sequence-classification", "token-classification"):
@@ -122,7 +122,7 @@ class TaskModel(nn.Module):
         """The task's tensors in the form the graph reads: folded, differentiable."""
         return self.ledger.deploy(self.state_dict(keep_vars=True))
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The task's trained tensors only."""
         prefix = kwargs.get("prefix", "")
         own = set(self.ledger.parameters())
@@ -169,7 +169,7 @@ def _shape(shape: tuple[int, ...], free: Mapping[int, str]) -> str:
     return "[" + ", ".join("any" if a in free else str(s) for a, s in enumerate(shape)) + "]"
 
 
-def task_config(config: Any, labels: list[str] | int | None) -> Any:
+def task_config(config: Any, labels: Sequence[str] | int | None) -> Any:
     """The base's configuration with this task's labels."""
     own = copy.deepcopy(config)
     if labels is not None:

@@ -107,7 +107,7 @@ def convert(program: Program, opset: int) -> ir.Model:
 
 def set_defaults(model: ir.Model, deltas: Mapping[str, Delta]) -> None:
     """Give every delta input its default as initializer of the same name."""
-    inputs = {value.name: value for value in model.graph.inputs}
+    inputs = {str(value.name): value for value in model.graph.inputs}
     for delta in deltas.values():
         value = inputs[delta.name]
         value.const_value = ir.tensor(delta.default.contiguous(), name=delta.name)
@@ -118,7 +118,9 @@ def name_axes(model: ir.Model, axes: Mapping[str, tuple[str, ...]], deltas: Mapp
     """Rename the exporter's symbols (`s30`) to the ledger's and the inputs' own, everywhere alike."""
     names: dict[str, str] = {}
     for value in model.graph.inputs:
-        wanted = dict(enumerate(axes[value.name])) if value.name in axes else dict(deltas[value.name].free)
+        name = str(value.name)
+        assert value.shape is not None
+        wanted = dict(enumerate(axes[name])) if name in axes else dict(deltas[name].free)
         for axis, word in wanted.items():
             symbol = value.shape[axis]
             if isinstance(symbol, ir.SymbolicDim):
@@ -143,8 +145,8 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
 
 def check_overridable(model: ir.Model, program: Program) -> None:
     """Raise InvariantError unless the overridable inputs are exactly the ledger's deltas."""
-    found = {v.name for v in model.graph.inputs if v.name in model.graph.initializers}
-    plain = {v.name for v in model.graph.inputs} - found
+    found = {str(v.name) for v in model.graph.inputs if v.name in model.graph.initializers}
+    plain = {str(v.name) for v in model.graph.inputs} - found
     if found != set(program.ledger.deltas) or plain != {i.name for i in program.inputs}:
         raise InvariantError("the ONNX graph's inputs are not the ledger's", there_is=sorted(found | plain))
 

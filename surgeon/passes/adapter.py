@@ -11,6 +11,7 @@ He et al. (arXiv:2110.04366), section 3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -24,7 +25,7 @@ from surgeon.program import Program
 
 Placement = Literal["houlsby", "pfeiffer", "parallel"]
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": torch.nn.functional.gelu,
     "relu": torch.nn.functional.relu,
     "silu": torch.nn.functional.silu,

