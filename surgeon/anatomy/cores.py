@@ -50,7 +50,9 @@ def _fused(facts: Facts, node: Node) -> Core:
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     query, key, value = (given[name] for name in ("query", "key", "value"))
-    assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
+    assert isinstance(query, Node)
+    assert isinstance(key, Node)
+    assert isinstance(value, Node)
     mask = given.get("attn_mask")
     return Core(
         node=node,

@@ -54,7 +54,10 @@ def _embedding_role(facts: Facts, node: Node) -> str:
         return "embedding.position" if rank(index(node)) <= 2 and _rowwise(facts, index(node)) else "embedding.relative"
     if rows and all(bool((r == r.flatten()[0]).all()) for r in rows):
         return "embedding.type"
-    return "embedding.relative" if rows else "other"
+    if rows:
+        return "embedding.relative"
+    above = facts.sources(index(node))
+    return "embedding.position" if any(facts.op[n] in {"arange", "cumsum"} for n in above) else "other"
 
 
 def _rowwise(facts: Facts, ids: Node) -> bool:

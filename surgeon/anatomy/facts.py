@@ -20,8 +20,28 @@ LAYOUTS = RESHAPES | CASTS | {"transpose", "permute", "t", "numpy_T", "unsqueeze
 PRODUCTS = frozenset({"matmul", "mm", "bmm", "baddbmm", "einsum"})
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "convolution"})
 NONLINEARITIES = frozenset(
-    "gelu silu relu relu6 tanh sigmoid erf exp softplus hardswish hardsigmoid elu selu celu leaky_relu mish pow square "
-    "log_sigmoid hardtanh".split()
+    [
+        "gelu",
+        "silu",
+        "relu",
+        "relu6",
+        "tanh",
+        "sigmoid",
+        "erf",
+        "exp",
+        "softplus",
+        "hardswish",
+        "hardsigmoid",
+        "elu",
+        "selu",
+        "celu",
+        "leaky_relu",
+        "mish",
+        "pow",
+        "square",
+        "log_sigmoid",
+        "hardtanh",
+    ]
 )
 
 
@@ -145,6 +165,15 @@ class Facts:
         weight = self.weight(operand)
         return weight.node if weight and shape(weight.node)[-1:] == (width,) and rank(weight.node) == 1 else None
 
+    def sources(self, node: Node) -> set[Node]:
+        """All that `node` is computed of, activations or not."""
+        todo, seen = [node], {node}
+        while todo:
+            fresh = [i for i in self.inputs[todo.pop()] if i not in seen]
+            seen.update(fresh)
+            todo.extend(fresh)
+        return seen
+
     def strip(self, node: Node, barriers: Collection[Node] = ()) -> Node:
         """Walk back over what leaves a stream the same stream: dropout, casts, reshapes, scaling.
 
@@ -257,12 +286,14 @@ def width(node: Node) -> int | str:
 def shapes_match(node: Node, other: Node) -> bool:
     """Equal shapes; two symbols count as equal, since one size may have several symbols."""
     a, b = shape(node), shape(other)
-    return len(a) == len(b) and all(x == y or (isinstance(x, str) and isinstance(y, str)) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(
+        x == y or (isinstance(x, str) and isinstance(y, str)) for x, y in zip(a, b, strict=True)
+    )
 
 
 def swaps_last(node: Node) -> bool:
     """Whether a `transpose` or `permute` swaps the last two axes and leaves the others."""
     n = rank(node)
-    axes = node.args[1] if len(node.args) == 2 else node.args[1:3]
-    order = [a % n for a in axes] if isinstance(axes, (list, tuple)) else []  # type: ignore[operator]
+    axes = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:3]
+    order = [axis % n for axis in axes if isinstance(axis, int)]
     return set(order) == {n - 1, n - 2} if len(order) == 2 else order == [*range(n - 2), n - 1, n - 2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from os.path import commonprefix
+from itertools import takewhile
 
 from torch import fx
 from torch.fx import Node
@@ -11,12 +11,12 @@ from surgeon.anatomy.cores import cores
 from surgeon.anatomy.ends import embeddings, heads, index
 from surgeon.anatomy.facts import RESHAPES, Facts, rank, shape
 from surgeon.anatomy.joins import JoinOp, Reading, joins
+from surgeon.anatomy.norm_places import NormPlace, norm_places
 from surgeon.anatomy.norms import NormOp, norm_ops
-from surgeon.anatomy.places import NormPlace, norm_places
 from surgeon.anatomy.roles import Part, downs, parts
 from surgeon.anatomy.sites import Anatomy, Attention, Embedding, Join, Norm, Projection
 from surgeon.anatomy.stacks import Place, Stack, places, stack_above, stack_below, stacks
-from surgeon.anatomy.weighted import WeightedOp, weighted_ops
+from surgeon.anatomy.weighted import weighted_ops
 
 
 def find(graph_module: fx.GraphModule) -> Anatomy:
@@ -61,7 +61,9 @@ class Finder:
         )
 
     def _projections(self) -> list[Projection]:
-        placed = [(part, place.stack.name, place.layer) for place in self.sublayers for part in self.parts[place]]
+        placed: list[tuple[Part, str, int | None]] = [
+            (part, place.stack.name, place.layer) for place in self.sublayers for part in self.parts[place]
+        ]
         taken = {part.op for part, _, _ in placed}
         inside = self.facts.bits(op.node for op in taken)
         for op, role in heads(self.reading, self.joins, inside).items():
@@ -72,8 +74,10 @@ class Finder:
         sites = [self._projection(*p) for p in placed if p[0].op.plain]
         for part, _, _ in placed:
             if not part.op.plain:
-                self.notes.append(f"{part.op.weight.target}: {part.role} by {part.op.node.target}, no plain product; not a site")
-        return sorted(sites, key=lambda s: (self.facts.position[s.node], s.features or ()))
+                self.notes.append(
+                    f"{part.op.weight.target}: {part.role} by {part.op.node.target}, no plain product; not a site"
+                )
+        return sorted(sites, key=lambda s: self.facts.position[s.node])
 
     def _projection(self, part: Part, stack: str, layer: int | None) -> Projection:
         op = part.op
@@ -121,8 +125,10 @@ class Finder:
         post = {norm.input: norm for norm in norms.values() if norm.place == "post"}
         found = []
         for place in self.sublayers:
-            last = [op for op in downs(self.reading, place)]
-            after = next((n for i, n in post.items() if self.facts.strip(i, [place.join.root]) is place.join.root), None)
+            last = downs(self.reading, place)
+            after = next(
+                (n for i, n in post.items() if self.facts.strip(i, [place.join.root]) is place.join.root), None
+            )
             found.append(
                 Join(
                     role=f"residual.{'ffn' if place.kind == 'moe' else place.kind}",
@@ -175,7 +181,7 @@ class Finder:
         """The longest module path that query, key and value share."""
         sides = {f"{place.kind}.{side}" for side in ("query", "key", "value")}
         owners = [part.op.path.split(".")[:-1] for part in self.parts[place] if part.role in sides]
-        return ".".join(commonprefix(owners)) if owners else _module_path(place.sublayer.cores[0].node)
+        return _common(owners) if owners else _module_path(place.sublayer.cores[0].node)
 
     def _embeddings(self) -> list[Embedding]:
         found = []
@@ -203,6 +209,12 @@ class Finder:
         search = stack_above if after else stack_below
         stack = search(self.reading, node, self.chains)
         return stack.name if stack else ""
+
+
+def _common(paths: list[list[str]]) -> str:
+    """The longest beginning that module paths share."""
+    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in same)
 
 
 def _module_path(node: Node) -> str:

@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node, map_arg
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Node
+from torch.fx.node import map_aggregate
 
 from surgeon.anatomy.facts import Facts
+from surgeon.errors import TraceError
 
 
 def features(facts: Facts, source: Node, target: Node) -> tuple[int, ...]:
@@ -26,10 +29,13 @@ def features(facts: Facts, source: Node, target: Node) -> tuple[int, ...]:
 
 
 def integers(facts: Facts, node: Node, fill: int) -> Tensor | None:
-    """The integers that `node` computes when every input is `fill`; None where they depend on activations."""
-    if node in facts.activations:
+    """The integers that `node` computes when every input is `fill`; None where that cannot be known."""
+    if any(facts.op[i] == "embedding" for i in facts.inputs[node]):
         return None
-    value = Runner(facts, None, fill).value(node)
+    try:
+        value = Runner(facts, None, fill).value(node)
+    except TraceError:
+        return None
     return value if isinstance(value, Tensor) else None
 
 
@@ -77,20 +83,32 @@ class Runner:
         return isinstance(value, Tensor) and value.is_floating_point() and bool(self.way)
 
     def _evaluate(self, node: Node) -> Any:
-        value = node.meta.get("val")
         if self._is_made_up(node):
             return _made_up(node)
         if node.op == "placeholder":
-            return torch.full(_sizes(value), self.fill, dtype=value.dtype)
+            return torch.full_like(_made_up(node), self.fill)
         if node.op == "get_attr":
-            return self.facts.tensor(node).detach().clone()
+            return self._buffer(node)
+        value = node.meta.get("val")
         if not isinstance(value, (Tensor, list, tuple)):
             return _number(value)
         if self.facts.op[node] == "dropout":
-            return self.known[node.args[0]]  # type: ignore[index]
-        args, kwargs = (map_arg(a, self.known.__getitem__) for a in (node.args, dict(node.kwargs)))
+            return self.known[self.facts.inputs[node][0]]
+        args, kwargs = map_aggregate((node.args, node.kwargs), self._argument)  # type: ignore[misc]
         assert callable(node.target)
         return node.target(*args, **kwargs)
+
+    def _argument(self, argument: Any) -> Any:
+        """Nodes become their values; whatever the base was traced on, a probe runs on the CPU."""
+        if isinstance(argument, Node):
+            return self.known[argument]
+        return torch.device("cpu") if isinstance(argument, torch.device) else argument
+
+    def _buffer(self, node: Node) -> Tensor:
+        tensor = self.facts.tensor(node).detach()
+        if tensor.is_meta or isinstance(tensor, FakeTensor):
+            raise TraceError(f"the layout around {node.target} cannot be read: the base holds no numbers there")
+        return tensor.cpu().clone()
 
 
 def _made_up(node: Node) -> Tensor:

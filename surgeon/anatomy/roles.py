@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from surgeon.anatomy.cores import Core
-from surgeon.anatomy.facts import CASTS, LAYOUTS, NONLINEARITIES, PRODUCTS, Facts, rank, shapes_match
+from surgeon.anatomy.facts import NONLINEARITIES, PRODUCTS, Facts, shapes_match
 from surgeon.anatomy.joins import Reading
 from surgeon.anatomy.probe import features
 from surgeon.anatomy.stacks import Place
@@ -47,7 +46,9 @@ def downs(reading: Reading, place: Place) -> list[WeightedOp]:
 
 def _routes(reading: Reading, op: WeightedOp) -> bool:
     facts = reading.facts
-    found = facts.nearest_below(op.node, [n for n in facts.nodes if facts.op[n] == "topk"], set(reading.weighted) - {op.node})
+    found = facts.nearest_below(
+        op.node, [n for n in facts.nodes if facts.op[n] == "topk"], set(reading.weighted) - {op.node}
+    )
     return bool(found)
 
 
@@ -65,7 +66,9 @@ def _attention(reading: Reading, place: Place, own: list[WeightedOp]) -> list[Pa
             found.append(Part(op, f"{place.kind}.{side}", features(facts, op.output, operand) if shared else None))
     found += _position_parts(reading, place, sides)
     after = {node for core in place.sublayer.cores for node in facts.nearest_below(core.mixed, _inside(reading, place))}
-    return found + [Part(reading.weighted[n], f"{place.kind}.output") for n in after if reading.weighted[n] not in sides]
+    return found + [
+        Part(reading.weighted[n], f"{place.kind}.output") for n in after if reading.weighted[n] not in sides
+    ]
 
 
 def _mixing(reading: Reading) -> set[Node]:
@@ -93,7 +96,12 @@ def _position_parts(reading: Reading, place: Place, sides: dict[WeightedOp, dict
         if product is None or not place.sublayer.own & facts.bit(product):
             continue
         other = [i for i in facts.flow(product) if i in facts.activations]
-        met = {side for i in other for n in facts.nearest_above(i, _mixing(reading)) for side in sides.get(reading.weighted[n], {})}
+        met = {
+            side
+            for i in other
+            for n in facts.nearest_above(i, _mixing(reading))
+            for side in sides.get(reading.weighted[n], {})
+        }
         side = "key" if "query" in met else "query"
         found.append(Part(op, f"{place.kind}.{side}.position"))
     return found
@@ -143,7 +151,9 @@ def _unit(reading: Reading, place: Place, down: WeightedOp, prefix: str) -> list
             slices = features(facts, fused.output, gate), features(facts, fused.output, up)
             if set(slices[0]).isdisjoint(slices[1]):
                 return [Part(fused, f"{prefix}.gate", slices[0]), Part(fused, f"{prefix}.up", slices[1])]
-    return [Part(reading.weighted[n], f"{prefix}.up") for n in facts.nearest_above(down.input, inside, [place.join.stream])]
+    return [
+        Part(reading.weighted[n], f"{prefix}.up") for n in facts.nearest_above(down.input, inside, [place.join.stream])
+    ]
 
 
 def _products_above(facts: Facts, node: Node, stops: set[Node]) -> list[Node]:

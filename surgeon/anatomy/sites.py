@@ -131,3 +131,25 @@ class Anatomy:
     def sites(self) -> tuple[Site, ...]:
         """Every site of every kind."""
         return (*self.projections, *self.norms, *self.joins, *self.attentions, *self.embeddings)
+
+
+def anchor(site: Site) -> Node:
+    """The node that gives a site its place in graph order."""
+    match site:
+        case Projection() | Embedding():
+            return site.node
+        case Norm():
+            return site.output
+        case Join():
+            return site.add
+        case Attention():
+            return site.core
+        case _:
+            raise TypeError(type(site).__name__)
+
+
+def graph_order(anatomy: Anatomy) -> tuple[Site, ...]:
+    """Every site of every kind, in the order of the graph."""
+    sites = anatomy.sites()
+    order = {node: i for i, node in enumerate(anchor(sites[0]).graph.nodes)} if sites else {}
+    return tuple(sorted(sites, key=lambda site: order[anchor(site)]))

@@ -1,4 +1,7 @@
-"""Sixth step of anatomy: stacks and layers. A stack is a chain of joins, each one's skip being the last one's result."""
+"""Sixth step of anatomy: stacks and layers.
+
+A stack is a chain of joins, each one's skip being the last one's result.
+"""
 
 from __future__ import annotations
 

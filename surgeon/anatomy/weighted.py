@@ -51,13 +51,17 @@ def _weighted(facts: Facts, node: Node) -> WeightedOp | None:
         (operand, factor), weight_last = node.args[1], True
     else:
         return None
-    if not isinstance(operand, Node) or not isinstance(factor, Node) or factor not in facts.fixed | _chosen(facts, factor):
+    if (
+        not isinstance(operand, Node)
+        or not isinstance(factor, Node)
+        or factor not in facts.fixed | _chosen(facts, factor)
+    ):
         return None
     static = operand in facts.fixed and bool(facts.parameters[operand])
     weight = facts.weight(factor)
     if weight is None or not (operand in facts.activations or static):
         return None
-    return _call_site(facts, node, operand, weight, weight_last, static)
+    return _call_site(facts, node, operand, weight, weight_last=weight_last, static=static)
 
 
 def _chosen(facts: Facts, factor: Node) -> set[Node]:
@@ -67,7 +71,7 @@ def _chosen(facts: Facts, factor: Node) -> set[Node]:
 
 
 def _call_site(
-    facts: Facts, node: Node, operand: Node, weight: Weight, weight_last: bool, static: bool
+    facts: Facts, node: Node, operand: Node, weight: Weight, *, weight_last: bool, static: bool
 ) -> WeightedOp:
     op = facts.op[node]
     sizes = [s for s in shape(weight.node) if isinstance(s, int)]
@@ -109,7 +113,7 @@ def _inner_bias(facts: Facts, node: Node, features: int) -> Node | None:
 def _unfold(
     facts: Facts, operand: Node, node: Node, bias: Node | None, features: int
 ) -> tuple[Node, Node, Node | None]:
-    """Input and output as batch-first values of equal rank: before a flattening view, behind its inverse and the bias."""
+    """Input and output of equal rank: before a flattening view, behind its inverse and the bias."""
     source, output = operand, node
     flattened = facts.op[operand] in RESHAPES and rank(operand) == 2 and rank(facts.inputs[operand][0]) > 2
     for _ in range(2):
