@@ -1,0 +1,62 @@
+"""What makes two training runs the same one, so that a checkpoint is never taken up by another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from surgeon.errors import DataError
+from surgeon.train.options import TrainOptions
+from surgeon.train.rows import Row
+
+if TYPE_CHECKING:
+    from surgeon.model import TaskModel
+
+INDIFFERENT = {"threads", "checkpoint_steps"}
+
+
+def identify(
+    model: TaskModel, train_rows: Sequence[Row], validation_rows: Sequence[Row] | None, options: TrainOptions
+) -> dict[str, Any]:
+    """The options that change the outcome, and hashes of the rows and of the model before its first step."""
+    return {
+        **options.model_dump(mode="json", exclude=INDIFFERENT),
+        "training rows": _hash_rows(train_rows),
+        "validation rows": _hash_rows(validation_rows or ()),
+        "base and first weights": _hash_tensors(model),
+    }
+
+
+def check_same_run(found: dict[str, Any], wanted: dict[str, Any], folder: Path | None) -> None:
+    """Raise DataError that names what differs."""
+    differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+    if differing:
+        raise DataError(
+            "the checkpoint is of another run, so it cannot be gone on from",
+            where=str(folder),
+            there_is=f"different: {', '.join(_difference(key, found, wanted) for key in differing)}",
+            try_="the same options and data, or remove the checkpoint to start over",
+        )
+
+
+def _difference(key: str, found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    if " " in key:
+        return key
+    return f"{key} ({found.get(key)} there, {wanted.get(key)} here)"
+
+
+def _hash_rows(rows: Sequence[Row]) -> str:
+    return hashlib.sha256(json.dumps([list(row) for row in rows]).encode()).hexdigest()
+
+
+def _hash_tensors(model: TaskModel) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}\n".encode())
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
