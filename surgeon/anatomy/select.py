@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, PlainSerializer, WithJsonSchema
+from pydantic import BeforeValidator, GetCoreSchemaHandler, PlainSerializer, WithJsonSchema
 from pydantic_core import CoreSchema, core_schema
 
 from surgeon.anatomy.sites import Anatomy, Norm, Projection, Site, graph_order
@@ -141,7 +141,6 @@ Where = Annotated[
     BeforeValidator(_listed),
     PlainSerializer(lambda where: [str(selector) for selector in where], return_type=list[str]),
     WithJsonSchema({"type": ["array", "string"], "items": {"type": "string"}, "minItems": 1}),
-    Field(validate_default=True),
 ]
 """Type of a `where` option: a selector or a list of them."""
 

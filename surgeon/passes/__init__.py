@@ -29,7 +29,7 @@ class PassResult:
 class Pass(BaseModel, ABC):
     """A rewrite. `requires`, `call` and `ensures` are run in that order, and then the invariants are verified."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     name: ClassVar[str]
     title: ClassVar[str]

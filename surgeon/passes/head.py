@@ -33,7 +33,7 @@ class Head(Pass):
     labels: PositiveInt | None = Field(None, description="Outputs of a task that does not say; unset it is the base's.")
     std: float = Field(0.02, gt=0, description="Standard deviation of the fresh weights.")
     hidden: bool = Field(False, description="Train the dense layer before the classifier too.")
-    where: Where = Field("head.out", validate_default=True, description="The projection that gives the logits.")
+    where: Where = Field("head.out", description="The projection that gives the logits.")
 
     def call(self, program: Program) -> PassResult:
         sites = select(program.anatomy, self.where, Projection)

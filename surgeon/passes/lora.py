@@ -41,7 +41,6 @@ class LoRA(Pass):
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the product's input, in training only.")
     where: Where = Field(
         ("attention.query", "attention.value"),
-        validate_default=True,
         description="Projections to adapt; as in the paper, the queries and values of self-attention.",
     )
     ranks: dict[str, PositiveInt] = Field(
