@@ -67,6 +67,8 @@ def _words(detail: ErrorDetails, path: Loc, root: type[BaseModel]) -> tuple[str,
             there_is, try_ = listed(choices), did_you_mean(str(detail["input"]), choices)
         case kind if kind in LIMITS:
             words, bound = LIMITS[kind]
+            if bound == "gt" and isinstance(detail["input"], int) and isinstance(context[bound], int):
+                words, context = LIMITS["greater_than_equal"][0], {bound: context[bound] + 1}
             what = f"{subject} must be {words} {context[bound]}, got {shown}"
         case kind if kind.endswith(("_type", "_parsing")):
             what = f"{subject} must be {_kind(kind, message)}, got {shown}"

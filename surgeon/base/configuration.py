@@ -1,0 +1,64 @@
+"""A base's configuration: read from its folder, or written in the spec for random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+from surgeon.base.folder import CONFIG, first_line, read_json
+from surgeon.errors import BaseError, SpecError, did_you_mean
+
+# What transformers and torch raise over a configuration or weights that do not fit; a bug of theirs looks the same.
+FOREIGN = (
+    OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError, IndexError, ArithmeticError,
+    StrictDataclassError,
+)  # fmt: skip
+
+
+def read_config(folder: Path, source: str, *, trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration in a folder. Raises BaseError."""
+    raw = read_json(folder / CONFIG, source)
+    kind, remote = raw.get("model_type"), "auto_map" in raw
+    if kind not in CONFIG_MAPPING and not (remote and trust_remote_code):
+        what = f"config.json has no model type that transformers knows (model_type: {kind!r})"
+        try_ = did_you_mean(str(kind), CONFIG_MAPPING)
+        raise BaseError(what, where=source, try_="`trust_remote_code: true`, if you trust its code" if remote else try_)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except FOREIGN as error:
+        raise BaseError(f"config.json does not fit: {first_line(error)}", where=source) from error
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def written_config(options: Mapping[str, object]) -> PretrainedConfig:
+    """The configuration that the spec writes. Raises SpecError for a model type or a key that there is not."""
+    rest = dict(options)
+    kind = rest.pop("model_type", None)
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        what = "needs a model_type" if kind is None else f"unknown model type {kind!r}"
+        known = sorted(CONFIG_MAPPING)
+        raise SpecError(what, where="base.config", try_=did_you_mean(str(kind), known), there_is=known)
+    cls: Any = CONFIG_MAPPING[kind]
+    for key in rest:
+        known = _keys(cls)
+        if key not in known and not hasattr(cls, key):
+            try_ = did_you_mean(key, known)
+            raise SpecError(f"a {kind} configuration has no '{key}'", where="base.config", try_=try_, there_is=known)
+    try:
+        config = cls(**rest)
+    except FOREIGN as error:
+        what = " ".join(str(error).split())[:300]
+        raise SpecError(f"a {kind} configuration does not take this: {what}", where="base.config") from error
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def _keys(cls: Any) -> list[str]:
+    own = [field.name for field in fields(cls)] if is_dataclass(cls) else []
+    return sorted({*own, *cls.attribute_map, "num_labels"})
