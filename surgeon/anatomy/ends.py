@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from surgeon.anatomy.facts import LAYOUTS, NONLINEARITIES, Facts, rank, shape
+from surgeon.anatomy.facts import CASTS, LAYOUTS, NONLINEARITIES, Facts, rank, shape, width
 from surgeon.anatomy.joins import JoinOp, Reading
 from surgeon.anatomy.probe import integers
 from surgeon.anatomy.weighted import WeightedOp
@@ -19,10 +19,22 @@ def embeddings(facts: Facts) -> dict[Node, str]:
     # Of two tables that inputs index directly and that are summed, the larger holds the words.
     looked_up = [n for n in found if roles[n] == "embedding.token"]
     for node in looked_up:
-        rivals = [o for o in looked_up if o is not node and set(facts.users[o]) & set(facts.users[node])]
+        rivals = [o for o in looked_up if o is not node and _sums(facts, o) & _sums(facts, node)]
         if any(_rows(o) > _rows(node) for o in rivals):
             roles[node] = "embedding.type"
     return roles
+
+
+def _sums(facts: Facts, node: Node) -> set[Node]:
+    """The adds that a table's rows go into before anything else happens to them."""
+    found: set[Node] = set()
+    todo = [node]
+    while todo:
+        for user in facts.users[todo.pop()]:
+            if user not in found and facts.op[user] in {"add", *CASTS}:
+                found.add(user)
+                todo.append(user)
+    return {node for node in found if facts.op[node] == "add"}
 
 
 def _table(node: Node) -> Node:
@@ -56,8 +68,15 @@ def _embedding_role(facts: Facts, node: Node) -> str:
         return "embedding.type"
     if rows:
         return "embedding.relative"
+    return _role_without_numbers(facts, node)
+
+
+def _role_without_numbers(facts: Facts, node: Node) -> str:
+    """Where buffers hold no numbers: positions are counted, or a buffer as long as the table has rows."""
     above = facts.sources(index(node))
-    return "embedding.position" if any(facts.op[n] in {"arange", "cumsum"} for n in above) else "other"
+    buffers = [n for n in above if n.op == "get_attr" and width(n) == _rows(node)]
+    counted = any(facts.op[n] in {"arange", "cumsum"} for n in above)
+    return "embedding.position" if counted or buffers else "embedding.type"
 
 
 def _rowwise(facts: Facts, ids: Node) -> bool:

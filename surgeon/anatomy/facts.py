@@ -63,7 +63,7 @@ class Facts:
         self.nodes: list[Node] = list(graph_module.graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.op = {node: _op(node) for node in self.nodes}
-        self.inputs = _inputs(self.nodes)
+        self.inputs, self._storage = _inputs(self.nodes)
         self.users: dict[Node, list[Node]] = {node: [] for node in self.nodes}
         for node, inputs in self.inputs.items():
             for source in inputs:
@@ -140,6 +140,11 @@ class Facts:
         """The single reader of `node`, or None."""
         users = self.users[node]
         return users[0] if len(users) == 1 else None
+
+    def written(self, reader: Node, operand: Node) -> Node:
+        """The last in-place write to `operand` before `reader` reads it, or `operand` itself."""
+        late = [i for i in self.inputs[reader] if i not in reader.all_input_nodes]
+        return next((i for i in late if self._storage[i] is self._storage[operand]), operand)
 
     def weight(self, operand: Node) -> Weight | None:
         """The one parameter that `operand` is, through views, casts and scaling by numbers; None for a mixture."""
@@ -228,8 +233,8 @@ def _writes(node: Node) -> bool:
     return bool(schema and schema.arguments and (alias := schema.arguments[0].alias_info) and alias.is_write)
 
 
-def _inputs(nodes: list[Node]) -> dict[Node, tuple[Node, ...]]:
-    """The tensors each node reads, with the last in-place write to a tensor's storage as one more input.
+def _inputs(nodes: list[Node]) -> tuple[dict[Node, tuple[Node, ...]], dict[Node, Node]]:
+    """The tensors each node reads, with the last in-place write to a tensor's storage as one more input; the storages.
 
     Readers of a buffer name the buffer's own node, not its writer's: without this the data flow breaks there.
     """
@@ -247,7 +252,7 @@ def _inputs(nodes: list[Node]) -> dict[Node, tuple[Node, ...]]:
         storage[node] = storage[first] if views and isinstance(first, Node) else node
         if _writes(node) and views:
             writer[storage[node]] = node
-    return inputs
+    return inputs, storage
 
 
 def _values(node: Node) -> list[object]:

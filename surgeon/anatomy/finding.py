@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import takewhile
 
 from torch import fx
@@ -30,6 +31,8 @@ def find(graph_module: fx.GraphModule) -> Anatomy:
     found = joins(reading)
     chains = stacks(reading, found)
     sublayers, notes = places(reading, chains)
+    if not found:
+        notes.append("no residual join was found: what this model is built of is not understood")
     return Finder(reading, found, chains, sublayers, notes).anatomy()
 
 
@@ -46,6 +49,10 @@ class Finder:
         self.sublayers = sublayers
         self.notes = list(notes)
         self.parts = {place: parts(reading, place) for place in sublayers}
+        for place, found_parts in self.parts.items():
+            missing = _expected(place) - {part.role for part in found_parts if part.op.plain}
+            if missing:
+                self.notes.append(f"layer {place.layer} of {place.stack.name}: no {', '.join(sorted(missing))} found")
 
     def anatomy(self) -> Anatomy:
         """All sites, in graph order."""
@@ -72,11 +79,8 @@ class Finder:
             if op.static and op not in taken:
                 placed.append((Part(op, "other"), self._stack(op.node, after=False), None))
         sites = [self._projection(*p) for p in placed if p[0].op.plain]
-        for part, _, _ in placed:
-            if not part.op.plain:
-                self.notes.append(
-                    f"{part.op.weight.target}: {part.role} by {part.op.node.target}, no plain product; not a site"
-                )
+        odd = Counter(f"{part.op.node.target}" for part, _, _ in placed if not part.op.plain)
+        self.notes += [f"{count} weights used by {op} are no sites: not a plain product" for op, count in odd.items()]
         return sorted(sites, key=lambda s: self.facts.position[s.node])
 
     def _projection(self, part: Part, stack: str, layer: int | None) -> Projection:
@@ -209,6 +213,12 @@ class Finder:
         search = stack_above if after else stack_below
         stack = search(self.reading, node, self.chains)
         return stack.name if stack else ""
+
+
+def _expected(place: Place) -> set[str]:
+    if place.sublayer.cores:
+        return {f"{place.kind}.{side}" for side in ("query", "key", "value", "output")}
+    return {"ffn.up", "ffn.down"} if place.kind == "ffn" else set()
 
 
 def _common(paths: list[list[str]]) -> str:

@@ -177,7 +177,25 @@ def _told_apart(reading: Reading, join: JoinOp, every: list[JoinOp]) -> JoinOp:
         own = sublayer.own & ~nested
         cores = tuple(core for node, core in reading.cores.items() if own & facts.bit(node))
         sublayers.append(replace(sublayer, own=own, cores=cores, kind=_kind(reading, own, cores)))
-    return replace(join, sublayers=tuple(sublayers))
+    return replace(join, sublayers=tuple(_merged(facts, sublayers, join.root)))
+
+
+def _merged(facts: Facts, sublayers: list[Sublayer], root: Node) -> list[Sublayer]:
+    """Feed-forwards that are summed before they join the stream are one: routed and shared experts."""
+    by_add: dict[Node, list[Sublayer]] = {}
+    for sublayer in sublayers:
+        by_add.setdefault(sublayer.add, []).append(sublayer)
+    merged: list[Sublayer] = []
+    for add, group in by_add.items():
+        if add is root or len(group) < 2 or not all(s.kind in {"ffn", "moe"} for s in group):
+            merged += group
+            continue
+        value, consumer = add, facts.users[add][0]
+        while facts.op[consumer] != "add":
+            value, consumer = consumer, facts.users[consumer][0]
+        kind = "moe" if any(s.kind == "moe" for s in group) else "ffn"
+        merged.append(Sublayer(value, consumer, group[0].own | group[1].own | facts.bit(add), kind, ()))
+    return merged
 
 
 def _kind(reading: Reading, own: int, cores: tuple[Core, ...]) -> str:

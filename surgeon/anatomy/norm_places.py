@@ -43,7 +43,8 @@ def _inside(reading: Reading, norm: NormOp, place: Place) -> str:
     if not projected and not any(facts.is_above(core.mixed, node) for core in cores):
         return "pre"
     for core in cores:
-        sides = [s for s in (core.query, core.key, core.value) if s is node or facts.is_above(node, s)]
+        written = facts.written(core.scores, core.key)
+        sides = [s for s in (core.query, written, core.value) if s is node or facts.is_above(node, s)]
         if sides:
             between = [n for n in inside if facts.is_above(node, n) and any(facts.is_above(n, s) for s in sides)]
             return "lowrank" if between else ("v" if sides == [core.value] else "qk")

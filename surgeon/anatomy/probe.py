@@ -6,6 +6,7 @@ way: cut the graph behind the projection, run up to the operand, differentiate, 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -18,10 +19,16 @@ from surgeon.anatomy.facts import Facts
 from surgeon.errors import TraceError
 
 
-def features(facts: Facts, source: Node, target: Node) -> tuple[int, ...]:
-    """Indices on the last axis of `source` that `target` depends on."""
-    runner = Runner(facts, source)
-    with torch.enable_grad():
+def features(
+    facts: Facts, source: Node, target: Node, written: Node | None = None, cuts: Collection[Node] = ()
+) -> tuple[int, ...]:
+    """Indices on the last axis of `source` that `target` depends on, after the in-place write `written` to it.
+
+    Ways through `cuts` do not count.
+    """
+    runner = Runner(facts, source, cuts=cuts)
+    with torch.enable_grad(), torch.device("cpu"):
+        runner.value(written or target)
         result = runner.value(target)
         (gradient,) = torch.autograd.grad((result * _random(result, 0.5)).sum(), runner.cut)
     used = gradient.reshape(-1, gradient.shape[-1]).ne(0).any(0)
@@ -33,7 +40,8 @@ def integers(facts: Facts, node: Node, fill: int) -> Tensor | None:
     if any(facts.op[i] == "embedding" for i in facts.inputs[node]):
         return None
     try:
-        value = Runner(facts, None, fill).value(node)
+        with torch.device("cpu"):
+            value = Runner(facts, None, fill).value(node)
     except TraceError:
         return None
     return value if isinstance(value, Tensor) else None
@@ -46,17 +54,18 @@ class Runner:
     values are positive, so that no rectifier hides a dependence.
     """
 
-    def __init__(self, facts: Facts, source: Node | None, fill: int = 1) -> None:
+    def __init__(self, facts: Facts, source: Node | None, fill: int = 1, cuts: Collection[Node] = ()) -> None:
         self.facts = facts
         self.fill = fill
+        self.cuts = cuts
         self.known: dict[Node, Any] = {}
         self.way = 0
         self.cut = torch.empty(0)
         if source is not None:
             self.way = facts.below[facts.position[source]]
             self.cut = _made_up(source).requires_grad_()
-            # Behind a clone: the region may write to it in place.
-            self.known[source] = self.cut.clone()
+            with torch.enable_grad():  # behind a clone, for the region may write to it in place
+                self.known[source] = self.cut.clone()
 
     def value(self, target: Node) -> Any:
         """The value of one node."""
@@ -77,7 +86,7 @@ class Runner:
 
     def _is_made_up(self, node: Node) -> bool:
         """Floating and not on the way; buffers that hold real numbers are read instead."""
-        if self.way & self.facts.bit(node):
+        if self.way & self.facts.bit(node) and node not in self.cuts:
             return False
         value = node.meta.get("val")
         return isinstance(value, Tensor) and value.is_floating_point() and bool(self.way)
@@ -94,7 +103,7 @@ class Runner:
             return _number(value)
         if self.facts.op[node] == "dropout":
             return self.known[self.facts.inputs[node][0]]
-        args, kwargs = map_aggregate((node.args, node.kwargs), self._argument)  # type: ignore[misc]
+        args, kwargs = map_aggregate((node.args, node.kwargs), self._argument)
         assert callable(node.target)
         return node.target(*args, **kwargs)
 
@@ -113,12 +122,12 @@ class Runner:
 
 def _made_up(node: Node) -> Tensor:
     value = node.meta["val"]
-    return _random(torch.empty(_sizes(value), dtype=value.dtype), 0.5)
+    return _random(torch.empty(_sizes(value), dtype=value.dtype, device="cpu"), 0.5)
 
 
 def _random(like: Tensor, low: float) -> Tensor:
-    rng = torch.Generator().manual_seed(like.numel())
-    return (torch.rand(like.shape, generator=rng) + low).to(like.dtype)
+    rng = torch.Generator("cpu").manual_seed(like.numel())
+    return (torch.rand(like.shape, generator=rng, device="cpu") + low).to(like.dtype)
 
 
 def _sizes(value: Tensor) -> list[int]:

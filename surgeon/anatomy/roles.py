@@ -13,6 +13,9 @@ from surgeon.anatomy.probe import features
 from surgeon.anatomy.stacks import Place
 from surgeon.anatomy.weighted import WeightedOp
 
+Sides = dict[WeightedOp, dict[str, tuple[Node, Node]]]
+"""For each projection the operands of the attention product that it feeds, each with its last write."""
+
 
 @dataclass(frozen=True, eq=False)
 class Part:
@@ -54,16 +57,19 @@ def _routes(reading: Reading, op: WeightedOp) -> bool:
 
 def _attention(reading: Reading, place: Place, own: list[WeightedOp]) -> list[Part]:
     facts = reading.facts
-    sides: dict[WeightedOp, dict[str, Node]] = {}
+    sides: Sides = {}
     for core in place.sublayer.cores:
         for side, operand in (("query", core.query), ("key", core.key), ("value", core.value)):
-            for node in facts.nearest_above(operand, _mixing(reading), [place.join.stream]):
-                sides.setdefault(reading.weighted[node], {}).setdefault(side, operand)
+            written = facts.written(core.mixed if side == "value" else core.scores, operand)
+            for node in facts.nearest_above(written, _mixing(reading), [place.join.stream]):
+                sides.setdefault(reading.weighted[node], {}).setdefault(side, (operand, written))
     found = []
     for op, roles in sides.items():
+        cuts = [other.node for other in sides if other is not op]
         shared = len(roles) > 1 or _feeds_another(reading, op, sides)
-        for side, operand in roles.items():
-            found.append(Part(op, f"{place.kind}.{side}", features(facts, op.output, operand) if shared else None))
+        for side, operands in roles.items():
+            slice_ = features(facts, op.output, *operands, cuts) if shared else None
+            found.append(Part(op, f"{place.kind}.{side}", slice_))
     found += _position_parts(reading, place, sides)
     after = {node for core in place.sublayer.cores for node in facts.nearest_below(core.mixed, _inside(reading, place))}
     return found + [
@@ -84,7 +90,7 @@ def _feeds_another(reading: Reading, op: WeightedOp, others: Iterable[WeightedOp
     return any(other is not op and reading.facts.is_above(op.node, other.node) for other in others)
 
 
-def _position_parts(reading: Reading, place: Place, sides: dict[WeightedOp, dict[str, Node]]) -> list[Part]:
+def _position_parts(reading: Reading, place: Place, sides: Sides) -> list[Part]:
     """Projections of relative positions: a weight's call on a table of positions, not on data.
 
     One that meets a query projects keys, and the other way round.

@@ -97,7 +97,8 @@ def _crossing(reading: Reading, sublayer: Sublayer, chain: Stack, chains: list[S
     if sublayer.kind != "attention":
         return sublayer.kind
     facts = reading.facts
-    keys = [op for core in sublayer.cores for op in facts.nearest_above(core.key, reading.weighted)]
+    operands = [facts.written(core.scores, core.key) for core in sublayer.cores]
+    keys = [op for operand in operands for op in facts.nearest_above(operand, reading.weighted)]
     if not keys or any(sublayer.own & facts.bit(op) for op in keys):
         return sublayer.kind
     sources = {stack_above(reading, op, chains) for op in keys}
