@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from surgeon.compiler import Compiled, Progress, compile
-from surgeon.errors import BuildError, DeltaError, SurgeonError
+from surgeon.errors import BuildError, DeltaError
 from surgeon.exporters.cache import export_cached
 from surgeon.graph_text import graph_text
 from surgeon.model import TaskModel
 from surgeon.runtime.manifest import FORMAT, MANIFEST, hash_file, read_manifest, seal
+from surgeon.runtime.manifest import Task as TaskEntry
 from surgeon.runtime.taskfile import write_adapter
 from surgeon.spec import read_spec
 
@@ -57,8 +58,8 @@ def _partial(out: Path) -> Iterator[Path]:
         yield folder
         folder.chmod(0o755)
         folder.replace(out)
-    except OSError as error:
-        raise BuildError(f"the build could not be written: {error.strerror or error}", where=str(out)) from error
+    except (OSError, SafetensorError) as error:
+        raise BuildError(f"the build could not be written: {_reason(error)}", where=str(out)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -89,12 +90,38 @@ def pack(compiled: Compiled, build: Path, task: str) -> None:
     """Put the present weights of `task` into an existing build: new files first, then the manifest, by rename."""
     manifest = read_manifest(build)
     document = json.loads((build / MANIFEST).read_text(encoding="utf-8"))
+    before = set((build / "tasks").glob("*"))
+    try:
+        document["tasks"][task] = _write_task(build, compiled, task)
+        _write_manifest(build, document)
+    except BaseException as error:
+        for path in set((build / "tasks").glob("*")) - before:
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise BuildError(f"the task could not be written: {_reason(error)}", where=str(build)) from error
+        raise
     old = manifest.tasks.get(task)
-    document["tasks"][task] = _write_task(build, compiled, task)
-    _write_manifest(build, document)
     fresh = {document["tasks"][task][kind] for kind in ("adapter", "weights")}
     for name in {old.adapter, old.weights} - fresh if old else ():
         (build / name).unlink(missing_ok=True)
+
+
+def pack_weights(build: str | Path, task: str, weights: str | Path, *, progress: Progress | None = None) -> TaskEntry:
+    """Put weights that were trained elsewhere into a build; returns the task's entry in the manifest.
+
+    Raises DeltaError for tensors that do not fit or another base; the build is then as it was.
+    """
+    build, weights = Path(build), Path(weights)
+    compiled = load(build, progress=progress)
+    tensors = read_weights(weights, compiled.base.fingerprint)
+    try:
+        compiled.model(task).load_state_dict(tensors)
+    except DeltaError as error:
+        raise DeltaError(error.what, where=str(weights), there_is=error.there_is, try_=error.try_) from error
+    if progress:
+        progress(f"packing {task}")
+    pack(compiled, build, task)
+    return read_manifest(build).tasks[task]
 
 
 def load(build: str | Path, base: PreTrainedModel | None = None, *, progress: Progress | None = None) -> Compiled:
@@ -172,15 +199,20 @@ def _write_task(folder: Path, compiled: Compiled, task: str) -> dict[str, Any]:
         partial = tasks / f".{task}{suffix}"
         try:
             write(partial)
-        except SurgeonError:
+        except BaseException:
             partial.unlink(missing_ok=True)
             raise
         digest = hash_file(partial)
         final = tasks / f"{task}.{digest[:8]}{suffix}"
+        partial.chmod(0o644)
         partial.replace(final)
         entry[kind] = f"tasks/{final.name}"
         entry["sha256"][kind] = digest
     return entry
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def label_names(model: TaskModel, compiled: Compiled, task: str) -> list[str] | None:
@@ -232,5 +264,8 @@ def tool_version(name: str) -> str:
 
 def _write_manifest(folder: Path, document: Mapping[str, Any]) -> None:
     partial = folder / f".{MANIFEST}"
-    partial.write_text(json.dumps(seal(document), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(folder / MANIFEST)
+    try:
+        partial.write_text(json.dumps(seal(document), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        partial.replace(folder / MANIFEST)
+    finally:
+        partial.unlink(missing_ok=True)

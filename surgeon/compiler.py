@@ -95,7 +95,7 @@ def compile(
 
         check_writable(Path(out))
     report("reading the base")
-    opened = open_base(base if base is not None else spec.base, weights=weights)
+    opened = open_base(base if base is not None else spec.base, weights=weights, seed=spec.seed)
     report("tracing")
     inputs = text_inputs(opened.model)
     graph_module = trace(opened.model, inputs)

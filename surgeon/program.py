@@ -39,6 +39,7 @@ class Program:
     _current: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _edges: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
     _author: tuple[str, str] = ("", "")
+    _makers: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -83,6 +84,8 @@ class Program:
     ) -> Delta:
         """Make a delta at `site` and enter it in the ledger.
 
+        A module called several times (a shared layer) is several sites of one path: the same pass gets the same delta
+        again, as if the module had been replaced; a `qualifier` in the name keeps sites apart.
         `free` maps axes to a word such as `rank`, made a symbol of its own for this site: if sites shared one, ONNX
         Runtime would reuse buffers between them and fail as soon as two sizes differ. A word that starts with `=`
         is a symbol shared by all sites. Without `default` the free axes are empty by default.
@@ -90,6 +93,8 @@ class Program:
         technique = self._author[0]
         leaf = part if part.startswith(technique) else f"{technique}.{part}"
         name = ".".join(filter(None, (site.path, qualifier, leaf)))
+        if self._makers.get(name) == self._author:
+            return self.ledger.deltas[name]
         free = {
             axis: word[1:] if word.startswith("=") else ".".join(filter(None, (site.path, qualifier, technique, word)))
             for axis, word in (free or {}).items()
@@ -110,6 +115,7 @@ class Program:
             init=init,
         )
         self.ledger.add(delta)
+        self._makers[name] = self._author
         example = init(delta.shape, generator(name)) if init else torch.zeros(delta.shape)
         self._register(name, torch.nn.Parameter(example.to(dtype)))
         return delta
@@ -121,8 +127,9 @@ class Program:
         return entry
 
     def fold(self, inputs: Sequence[str], outputs: Sequence[str], fn: Callable[..., tuple[Tensor, ...]]) -> None:
-        """Say how deployed tensors come from trained ones."""
-        self.ledger.folds.append(Fold(tuple(inputs), tuple(outputs), fn))
+        """Say how deployed tensors come from trained ones; once for a delta that several sites share."""
+        if not any(set(outputs) & set(known.outputs) for known in self.ledger.folds):
+            self.ledger.folds.append(Fold(tuple(inputs), tuple(outputs), fn))
 
     @property
     def dtype(self) -> torch.dtype:
