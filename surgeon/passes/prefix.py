@@ -59,12 +59,13 @@ class Prefix(Pass):
     def _attach(self, program: Program, sites: list[Attention], group: str) -> list[tuple[Delta, Delta]]:
         symbol = f"=prefix.length.{group}"
         init: Init | None = normal(self.std) if self.hidden is None else None
+        shared = len({site.path for site in sites}) < len(sites)
         pairs = []
         for site in sites:
-            key = program.delta(site, "prefix.key", (site.kv_heads, self.length, site.head_dim), init, free={1: symbol})
-            value = program.delta(
-                site, "prefix.value", (site.kv_heads, self.length, site.value_dim), init, free={1: symbol}
-            )
+            layer = f"layer_{site.layer}" if shared else ""
+            shape, free = (site.kv_heads, self.length), {1: symbol}
+            key = program.delta(site, "prefix.key", (*shape, site.head_dim), init, free=free, qualifier=layer)
+            value = program.delta(site, "prefix.value", (*shape, site.value_dim), init, free=free, qualifier=layer)
             scoring = ancestors(site.scores)
             readers = [user for user in site.key.users if user in scoring]
             program.replace_operand(readers, site.key, in_front(site), (key,))
