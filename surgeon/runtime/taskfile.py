@@ -7,6 +7,7 @@ file to its content and its base: `adapter_version` is a checksum, `model_versio
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import struct
 import tempfile
@@ -27,7 +28,6 @@ Array = NDArray[Any]
 
 SUFFIX = ".onnx_adapter"
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-NOT_WHOLE: tuple[type[Exception], ...] = (DeltaError, *ORT_ERRORS)
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,18 @@ def write_adapter(path: str | Path, tensors: Mapping[str, Array], fingerprint: s
     try:
         form.export_adapter(str(temporary))
         _flush(temporary)
-        parse_adapter(temporary, temporary.read_bytes(), str(path))  # a full disk shows only here
         os.replace(temporary, path)
         if os.name == "posix":
             _flush(path.parent)
     except OSError as error:
         raise BuildError(f"cannot be written: {error.strerror}", where=str(path)) from error
-    except NOT_WHOLE as error:
-        raise BuildError("cannot be written whole: is the disk full?", where=str(path)) from error
+    except ORT_ERRORS as error:
+        raise BuildError(
+            "cannot be written",
+            where=str(path),
+            there_is=f"ONNX Runtime says: {_first_line(error)}",
+            try_="is there such a directory, and room on the disk?",
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -85,8 +89,7 @@ def read_adapter(path: str | Path) -> TaskFile:
     """Read a task file into memory and check it. Raises DeltaError where it is damaged."""
     with tempfile.TemporaryDirectory(prefix="surgeon-") as directory:
         copy, data = private_copy(Path(path), Path(directory))
-        file = parse_adapter(copy, data, str(path))
-        return TaskFile({name: array.copy() for name, array in file.tensors.items()}, file.model_version)
+        return parse_adapter(copy, data, str(path))
 
 
 def private_copy(path: Path, directory: Path) -> tuple[Path, bytes]:
@@ -105,10 +108,11 @@ def private_copy(path: Path, directory: Path) -> tuple[Path, bytes]:
 
 
 def parse_adapter(copy: Path, data: bytes, where: str) -> TaskFile:
-    """The checked content of a task file. The arrays are views of `copy`, whose bytes are `data`."""
+    """The checked content of a task file that lies at `copy` and has the bytes `data`."""
     try:
         form = AdapterFormat.read_adapter(str(copy))
-        tensors = {name: value.numpy() for name, value in form.get_parameters().items()}
+        # `numpy()` is a view that keeps nothing alive: it dangles as soon as its OrtValue is gone.
+        tensors = {name: value.numpy().copy() for name, value in form.get_parameters().items()}
     except ORT_ERRORS as error:
         raise DeltaError(
             "is not a task file, or is damaged or cut",
@@ -159,4 +163,6 @@ def _count(data: bytes) -> int:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """ONNX Runtime's own words, without the place in its sources that they begin with."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^\S+:\d+ .*[)>] (?=\w)", "", lines[0])

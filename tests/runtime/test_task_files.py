@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
-from onnxruntime import AdapterFormat
+from onnxruntime import AdapterFormat, OrtValue
 
 from surgeon.errors import BuildError, DeltaError, SpecError
 from surgeon.runtime import Session
-from surgeon.runtime.taskfile import DTYPES, read_adapter, write_adapter
+from surgeon.runtime.taskfile import DTYPES, checksum, model_version, read_adapter, write_adapter
 
 
 @pytest.fixture
@@ -40,6 +40,16 @@ def test_what_is_written_is_read_back(tmp_path_factory, data):
     for name, array in tensors.items():
         assert file.tensors[name].dtype == array.dtype
         assert file.tensors[name].tobytes() == array.tobytes()
+
+
+def test_tensors_that_were_read_own_their_memory(deltas, pack):
+    path = pack(deltas.topics)
+    for _ in range(50):
+        tensors = read_adapter(path).tensors
+        junk = [np.full_like(array, np.nan) for array in tensors.values() for _ in range(20)]
+        assert all(np.array_equal(tensors[name], deltas.topics[name]) for name in tensors)
+        assert all(array.base is None for array in tensors.values())
+        del junk
 
 
 def encodable(name):
@@ -71,18 +81,18 @@ def test_writing_replaces_a_file_and_never_writes_into_it(deltas, pack):
     assert path.read_bytes() != held == path.with_name("held").read_bytes()
 
 
-@pytest.mark.parametrize("limit", [0, 100, 1000])
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(deltas, pack, limit):
+@pytest.mark.parametrize(("limit", "size"), [(0, 64), (100, 1), (1000, 64)])  # what is small fails late, in a buffer
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(deltas, pack, limit, size):
     path = pack(deltas.topics)
     before = path.read_bytes()
     code = (
         "import sys, numpy\nfrom surgeon.runtime.taskfile import write_adapter\nfrom surgeon.errors import BuildError\n"
-        "try: write_adapter(sys.argv[1], {'a': numpy.ones((64, 64), 'f4')}, '0' * 8)\n"
+        "try: write_adapter(sys.argv[1], {'a': numpy.ones((int(sys.argv[2]), 64), 'f4')}, '0' * 8)\n"
         "except BuildError as error: sys.exit(7 if 'written' in str(error) else str(error))"
     )
     limits = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
     result = subprocess.run(
-        [sys.executable, "-c", code, path], preexec_fn=limits, check=False, capture_output=True, text=True
+        [sys.executable, "-c", code, path, str(size)], preexec_fn=limits, check=False, capture_output=True, text=True
     )
     assert result.returncode == 7, result.stderr
     assert path.read_bytes() == before
@@ -159,10 +169,17 @@ def test_a_missing_file_and_a_directory_are_refused(session, tmp_path):
             session.add_task(path, "t")
 
 
-def test_one_name_twice_is_refused(session, pack, deltas):
-    path = pack({**deltas.movies, "l0.biaS": np.full(8, np.nan, np.float32)})
+def test_one_name_twice_is_refused_even_with_the_right_checksum(session, pack, deltas, fingerprint):
+    path = pack(deltas.movies)
+    poison = np.full(8, np.nan, np.float32)
+    form = AdapterFormat()
+    form.set_adapter_version(checksum(deltas.movies))
+    form.set_model_version(model_version(fingerprint))
+    both = {**deltas.movies, "l0.biaS": poison}
+    form.set_parameters({name: OrtValue.ortvalue_from_numpy(array) for name, array in both.items()})
+    form.export_adapter(str(path))
     path.write_bytes(path.read_bytes().replace(b"l0.biaS", b"l0.bias"))
-    with pytest.raises(DeltaError, match="changed after it was written"):
+    with pytest.raises(DeltaError, match="checksum does not hold"):
         session.add_task(path)
 
 
