@@ -224,7 +224,7 @@ class Program:
         device = next(self.graph_module.parameters()).device
         example = delta.sample()
         return next(modes).from_tensor(
-            example if device.type == "meta" else example.to(device),
+            example.to(device),
             symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic),
         )
 
