@@ -1,0 +1,120 @@
+"""Checks a finished build: its files against the manifest, its tasks against the ledger, PyTorch against ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from surgeon.errors import BuildError
+from surgeon.runtime import Manifest, Session
+from surgeon.runtime.manifest import check_files
+
+if TYPE_CHECKING:
+    from surgeon.compiler import Compiled
+
+TOLERANCE = 1e-4
+SIZES = {"batch": 3, "sequence": 11, "decoder_sequence": 6}
+
+
+@dataclass(frozen=True)
+class AuditedTask:
+    """A task, or with no name the base: its parameters, and the largest difference relative to the largest output."""
+
+    name: str | None
+    parameters: int
+    difference: float | None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was checked, all of it right."""
+
+    files: int
+    compared: bool
+    tolerance: float
+    tasks: tuple[AuditedTask, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+
+def audit(build: str | Path, *, compare: bool = True, progress: Callable[[str], None] | None = None) -> Audit:
+    """Check a build. PyTorch is compared where `compare` says so and it is installed, which needs the base.
+
+    Raises BuildError for files that are not the manifest's or answers that differ, DeltaError for tensors that do not
+    fit.
+    """
+    report = progress or (lambda _: None)
+    report("reading every file")
+    with Session(build) as session:
+        check_files(build, session.manifest)
+        compared = compare and find_spec("torch") is not None
+        differences: dict[str | None, float] = {}
+        if compared:
+            from surgeon.build import load
+
+            compiled = load(build, progress=report)
+            for task in (None, *session.tasks):
+                report(f"comparing {task or 'the base'}")
+                differences[task] = difference(compiled, session, task)
+        parameters = {None: session.manifest.base.parameters} | {n: t.parameters for n, t in session.tasks.items()}
+    found = Audit(
+        files=len(session.manifest.every_file()),
+        compared=compared,
+        tolerance=TOLERANCE,
+        tasks=tuple(AuditedTask(name, count, differences.get(name)) for name, count in parameters.items()),
+    )
+    _require_agreement(found, build)
+    return found
+
+
+def difference(compiled: Compiled, session: Session, task: str | None) -> float:
+    """The largest difference of PyTorch and ONNX Runtime, relative to the largest output where that is above one."""
+    import torch
+
+    vocabulary = int(compiled.base.model.get_input_embeddings().num_embeddings)
+    inputs = inputs_for(session.manifest, vocabulary)
+    model = compiled.base.model if task is None else compiled.model(task)
+    training = model.training
+    with torch.no_grad():
+        expected = model.eval()(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+    model.train(training)
+    found = session.run(inputs, task)
+    gaps = []
+    for name, array in found.items():
+        reference = expected[name].detach().float().numpy()
+        gaps.append(float(np.abs(array - reference).max()) / max(1.0, float(np.abs(reference).max())))
+    return max(gaps)
+
+
+def inputs_for(manifest: Manifest, vocabulary: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Inputs of another shape than traced, the last row padded on the right where there is a mask."""
+    rng = np.random.default_rng(0)
+    inputs: dict[str, np.ndarray[Any, Any]] = {}
+    for port in manifest.inputs:
+        shape = [SIZES[axis] if isinstance(axis, str) else axis for axis in port.axes]
+        if port.fill is None:
+            inputs[port.name] = rng.integers(min(3, vocabulary - 1), vocabulary, shape)
+        else:
+            inputs[port.name] = np.full(shape, port.fill, dtype=port.dtype)
+        if port.fill == 1:
+            inputs[port.name][-1, -3:] = 0
+    return inputs
+
+
+def _require_agreement(found: Audit, build: str | Path) -> None:
+    # Written so that a NaN counts as a difference.
+    wrong = [t for t in found.tasks if t.difference is not None and not t.difference <= found.tolerance]
+    if wrong:
+        raise BuildError(
+            "PyTorch and ONNX Runtime give different answers",
+            where=str(build),
+            there_is=[f"{task.name or 'the base'}: {task.difference:.2g}" for task in wrong],
+            try_=f"compile again; a build of this machine agrees to {found.tolerance:g}",
+        )

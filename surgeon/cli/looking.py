@@ -1,0 +1,104 @@
+"""Commands that look and write nothing: the anatomy of a base, the plan of a spec. They read no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from surgeon.cli.screen import Json, emit, note, say, size, steps, table
+
+if TYPE_CHECKING:
+    from surgeon.plan import Plan
+    from surgeon.spec import Spec
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="A folder, `package:NAME/folder`, a hub id, or a spec (.yaml).")],
+    head: Annotated[str | None, typer.Option("--head", help="What the base is loaded for.")] = None,
+    json: Json = False,
+) -> None:
+    """Show what a base is made of: every site that a spec can select, with its role.
+
+    `where: encoder/attention.query@0-5` selects by stack, role and layer. Example: `surgeon inspect path/to/a/model`
+    """
+    from surgeon.anatomy.report import rows, summary
+    from surgeon.compiler import compile
+
+    with steps(silent=json) as progress:
+        anatomy = compile(_base_alone(model, head), weights=False, progress=progress).program.anatomy
+    found, whole = rows(anatomy), summary(anatomy)
+    if json:
+        emit({**whole, "sites": found})
+        return
+    table(
+        ("stack", "#layer", "role", "shape", "path"),
+        [(row["stack"], row["layer"], row["role"], _shape(row), row["path"]) for row in found],
+    )
+    layers = ", ".join(f"{count} layers in {stack}" for stack, count in whole["layers"].items())
+    say(f"\n{len(found)} sites; {layers or 'no layers'}")
+    for weight, count in whole["shared_weights"].items():
+        note(f"{weight} is used at {count} sites")
+    for text in whole["notes"]:
+        note(text)
+
+
+def _base_alone(model: str, head: str | None) -> Spec:
+    from surgeon.spec import read_spec
+
+    if Path(model).suffix in (".yaml", ".yml"):
+        spec = read_spec(model)
+        base: dict[str, Any] = {} if spec.base is None else spec.base.model_dump(mode="json", exclude_none=True)
+    else:
+        base = {"model": model}
+    return read_spec({"base": base | ({"head": head} if head else {})})
+
+
+def _shape(row: dict[str, Any]) -> str:
+    return f"{row['shape']} [{row['features']}]" if row.get("features") else str(row["shape"])
+
+
+def plan(
+    spec: Annotated[Path, typer.Argument(help="The spec.")],
+    rows: Annotated[bool, typer.Option("--rows", help="Show every tensor of its own.")] = False,
+    json: Json = False,
+) -> None:
+    """Show what a spec would insert: sites, trained parameters and bytes. Nothing is written.
+
+    Sizes are those of one task with as many labels as the base's head has. Example: `surgeon plan spec.yaml`
+    """
+    from surgeon.compiler import compile
+
+    with steps(silent=json) as progress:
+        found = compile(spec, weights=False, progress=progress).plan
+    if json:
+        emit(found.to_dict())
+        return
+    if rows:
+        table(
+            ("technique", "tensor", "shape", "#parameters", "#bytes"),
+            [(r.technique, r.name, _sizes(r.shape, r.free), r.parameters, r.bytes) for r in found.rows],
+        )
+    else:
+        table(("technique", "role", "#sites", "#parameters", "#bytes"), _by_role(found))
+    share = 100 * found.parameters / found.base_parameters
+    say(
+        f"\n{found.parameters:,} trained parameters a task, {share:.2f} % of the base's {found.base_parameters:,}; "
+        f"{size(found.bytes)} a task file"
+    )
+
+
+def _by_role(found: Plan) -> Iterable[tuple[str, str, int, int, int]]:
+    groups: dict[tuple[str, str], tuple[set[str], int, int]] = {}
+    for row in found.rows:
+        sites, parameters, count = groups.get((row.technique, row.role), (set(), 0, 0))
+        groups[row.technique, row.role] = (sites | {row.site} - {""}, parameters + row.parameters, count + row.bytes)
+    for (technique, role), (sites, parameters, count) in groups.items():
+        yield technique, role or "trained, then folded away", len(sites), parameters, count
+
+
+def _sizes(shape: tuple[int, ...], free: dict[int, str]) -> str:
+    """`16×8*`: a star marks the axes whose size is free."""
+    return "×".join(f"{count}*" if axis in free else str(count) for axis, count in enumerate(shape))

@@ -1,0 +1,87 @@
+"""Tiny bases of many shapes, a folder as a hub would give one, and a cache that no user's is touched by."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # read when torch is first imported
+
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+_TEXT = {"vocab_size": 100, "max_position_embeddings": 64, "pad_token_id": 0}
+_ENCODER_DECODER = {"decoder_start_token_id": 0, "eos_token_id": 1}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "bert": {**_SMALL, **_TEXT},
+    "roberta": {**_SMALL, **_TEXT, "max_position_embeddings": 66, "pad_token_id": 1},
+    "albert": {**_SMALL, **_TEXT, "embedding_size": 16},
+    "distilbert": {**_TEXT, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 100, "bos_token_id": 1,
+             "eos_token_id": 1, "pad_token_id": 0},
+    "gpt_neox": {**_SMALL, **_TEXT, "bos_token_id": 1, "eos_token_id": 1},
+    "opt": {**_TEXT, "hidden_size": 32, "word_embed_proj_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "ffn_dim": 64, "bos_token_id": 1, "eos_token_id": 1},
+    "llama": {**_SMALL, **_TEXT, "num_key_value_heads": 2},
+    "qwen3": {**_SMALL, **_TEXT, "num_key_value_heads": 2, "head_dim": 8},
+    "gemma2": {**_SMALL, **_TEXT, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16},
+    "t5": {**_ENCODER_DECODER, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2,
+           "num_heads": 4, "vocab_size": 100, "pad_token_id": 0},
+    "bart": {**_ENCODER_DECODER, **_TEXT, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
+             "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+             "bos_token_id": 2, "forced_eos_token_id": None},
+}  # fmt: skip
+HEADS = {"gpt2": "causal-lm", "gpt_neox": "causal-lm", "opt": "causal-lm", "llama": "causal-lm", "qwen3": "causal-lm",
+         "gemma2": "causal-lm", "t5": "seq2seq-lm", "bart": "seq2seq-lm"}  # fmt: skip
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "fine", "great", "bad", "poor", "dull", "the", "a", "film", "was")
+
+Tiny = Callable[..., "PreTrainedModel"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of converted graphs, of this session alone."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["SURGEON_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Tiny:
+    """`tiny("llama", head="causal-lm", num_hidden_layers=3)`: a seeded random model of a few thousand parameters."""
+    import torch
+    from transformers import AutoConfig
+
+    from surgeon.base.heads import auto_class
+
+    def make(kind: str, head: str | None = None, seed: int = 0, **changes: Any) -> PreTrainedModel:
+        head = head or HEADS.get(kind, "sequence-classification")
+        config = AutoConfig.for_model(kind, **{**CONFIGS[kind], **changes})
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return auto_class(config, head, kind).from_config(config).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def base_folder(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT as a hub would give it, with a tokenizer of a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    folder = tmp_path_factory.mktemp("base")
+    tiny("bert").save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.enable_padding()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
