@@ -67,13 +67,13 @@ def _compare(session: onnxruntime.InferenceSession, manifest: Manifest, build: P
     leaves a model that loads and ignores every task.
     """
     pairs = (
-        ("inputs", session.get_inputs(), manifest.inputs),
-        ("outputs", session.get_outputs(), manifest.outputs),
-        ("deltas", session.get_overridable_initializers(), manifest.deltas),
+        ("inputs", session.get_inputs(), manifest.inputs, _sized),
+        ("outputs", session.get_outputs(), manifest.outputs, _typed),
+        ("deltas", session.get_overridable_initializers(), manifest.deltas, _declared),
     )
-    for kind, found, listed in pairs:
-        have = {_form(node.name, _dtype(node.type), node.shape) for node in found}
-        want = {_form(port.name, port.dtype, port.axes) for port in listed}
+    for kind, found, listed, form in pairs:
+        have = {form(node.name, _dtype(node.type), node.shape) for node in found}
+        want = {form(port.name, port.dtype, port.axes) for port in listed}
         if have != want:
             raise BuildError(
                 f"the model's {kind} are not those of the manifest",
@@ -84,8 +84,17 @@ def _compare(session: onnxruntime.InferenceSession, manifest: Manifest, build: P
             )
 
 
-def _form(name: str, dtype: str, axes: Sequence[str | int]) -> str:
+def _declared(name: str, dtype: str, axes: Sequence[str | int]) -> str:
     return f"{name} {dtype}[{', '.join(str(axis) for axis in axes)}]"
+
+
+def _sized(name: str, dtype: str, axes: Sequence[str | int | None]) -> str:
+    """With the sizes that are fixed; how the exporter called the others is of no weight to a caller."""
+    return _declared(name, dtype, [axis if isinstance(axis, int) else "?" for axis in axes])
+
+
+def _typed(name: str, dtype: str, _: Sequence[str | int | None]) -> str:
+    return f"{name} {dtype}"
 
 
 def _dtype(ort_type: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from surgeon.errors import DeltaError, shorten
 from surgeon.runtime.manifest import Delta, Manifest
-from surgeon.runtime.taskfile import Array, model_version
+from surgeon.runtime.taskfile import Array, dtype_name, model_version
 
 HEAD = "head"  # the technique of a task's own classifier, the only deltas that a task may leave out
 
@@ -78,8 +78,8 @@ def _check_shapes(wanted: Iterable[Delta], tensors: Mapping[str, Array], where: 
         fits = array.ndim == len(delta.axes) and all(
             isinstance(axis, str) or axis == size for axis, size in zip(delta.axes, array.shape, strict=True)
         )
-        if not fits or str(array.dtype) != delta.dtype:
-            have, want = _form(array.shape, str(array.dtype)), _form(delta.axes, delta.dtype)
+        if not fits or dtype_name(array) != delta.dtype:
+            have, want = _form(array.shape, dtype_name(array)), _form(delta.axes, delta.dtype)
             wrong.append(f"{delta.name} is {have}, the build wants {want}")
     if wrong:
         raise DeltaError(

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -58,7 +59,7 @@ class Delta:
     part: str
     role: str
 
-    @property
+    @cached_property
     def axes(self) -> tuple[str | int, ...]:
         """The shape as ONNX declares it: a symbol where the size is free."""
         return tuple(self.free.get(axis, size) for axis, size in enumerate(self.shape))

@@ -17,7 +17,7 @@ from surgeon.errors import BuildError, DataError, SpecError, did_you_mean, short
 from surgeon.runtime.answers import Answer, answers
 from surgeon.runtime.engine import WARNING, Fusions, Provider, open_model
 from surgeon.runtime.feeds import complete
-from surgeon.runtime.manifest import Manifest, read_manifest
+from surgeon.runtime.manifest import MODEL, Manifest, check_files, read_manifest
 from surgeon.runtime.ort import ORT_ERRORS
 from surgeon.runtime.taskfile import Array
 from surgeon.runtime.tasks import RunnableTask, TaskInfo, load_task, name_of
@@ -42,9 +42,11 @@ class Session:
         verify: bool = True,
         fusions: Fusions = "all",
     ) -> None:
+        if isinstance(fusions, str) and fusions != "all":
+            raise SpecError(f"fusions is 'all' or a list of names, not '{fusions}'", try_=f"fusions=['{fusions}']")
         self._build = Path(build)
         self._manifest = read_manifest(self._build)
-        self._verify = verify
+        self._verify, self._fusions = verify, fusions
         self._lock = threading.Lock()
         self._texts: Texts | None = None
         self._tasks: Mapping[str, RunnableTask] = {}
@@ -69,6 +71,32 @@ class Session:
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def tuned(
+        cls,
+        build: str | Path,
+        *,
+        threads: int | None = None,
+        providers: Sequence[Provider] | None = None,
+        shape: tuple[int, int] = (1, 64),
+    ) -> Self:
+        """Open a build with those of ONNX Runtime's fusions that a short measurement on this machine favours.
+
+        `shape` is the batch and length that matter to you. It takes a second or two, and another copy of the base
+        meanwhile; `fusions` of the session tells the outcome.
+        """
+        from surgeon.runtime.tuning import faster_without
+
+        manifest = read_manifest(build)
+        check_files(build, manifest, [name for name in manifest.files if name.startswith(MODEL)])
+        fusions = faster_without(Path(build), manifest, threads=threads, providers=providers, shape=shape)
+        return cls(build, threads=threads, providers=providers, fusions=fusions or "all")
+
+    @property
+    def fusions(self) -> Fusions:
+        """The graph optimizers left out, or "all" if none is."""
+        return self._fusions
 
     @property
     def manifest(self) -> Manifest:

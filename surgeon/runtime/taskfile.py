@@ -28,6 +28,7 @@ Array = NDArray[Any]
 
 SUFFIX = ".onnx_adapter"
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+NAMES = {np.dtype(name): name for name in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,14 @@ def checksum(tensors: Mapping[str, Array]) -> int:
     crc = 0
     for name in sorted(tensors):
         array = tensors[name]
-        for part in (name, str(array.dtype), repr(list(array.shape))):
-            crc = zlib.crc32(part.encode(), crc)
+        crc = zlib.crc32(f"{name}{dtype_name(array)}{list(array.shape)}".encode(), crc)
         crc = zlib.crc32(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).data, crc)
     return crc & 0x7FFFFFFF
+
+
+def dtype_name(array: Array) -> str:
+    """The dtype's name; numpy composes it anew each time, which costs more than the checksum of a small tensor."""
+    return NAMES.get(array.dtype) or str(array.dtype)
 
 
 def model_version(fingerprint: str) -> int:

@@ -154,6 +154,17 @@ def test_left_out_fusions_change_no_answer(pristine, inputs, session):
         assert np.allclose(other.run(inputs, "movies")["logits"], session.run(inputs, "movies")["logits"], atol=1e-5)
 
 
+def test_one_fusion_without_a_list_is_refused(pristine):
+    with pytest.raises(SpecError, match="a list of names"):
+        Session(pristine, fusions="MatMulAddFusion")
+
+
+def test_a_tuned_session_answers_as_any_other(pristine, inputs, session):
+    with Session.tuned(pristine, threads=1, shape=(2, 6)) as tuned:
+        assert tuned.fusions in {"all", ("SkipLayerNormFusion",)}
+        assert np.allclose(tuned.run(inputs, "movies")["logits"], session.run(inputs, "movies")["logits"], atol=1e-5)
+
+
 def test_a_closed_session_says_so(pristine, inputs):
     session = Session(pristine, threads=1)
     session.close()

@@ -25,7 +25,7 @@ def session(pristine):
         yield session
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_what_is_written_is_read_back(tmp_path_factory, data):
     array = st.sampled_from(DTYPES).flatmap(
