@@ -71,7 +71,7 @@ class TaskModel(nn.Module):
         for part in filter(None, owner.split(".")):
             if part not in module._modules:
                 module.add_module(part, nn.Module())
-            module = getattr(module, part)
+            module = module._modules[part]  # type: ignore[assignment]
         module._parameters[leaf] = parameter
 
     def forward(self, **kwargs: Any) -> Any:
@@ -131,8 +131,9 @@ class TaskModel(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take trained tensors; free sizes may differ. Raises DeltaError where names or shapes do not fit."""
         check_trained(self.ledger, state_dict)
+        present = dict(self.named_parameters())
         for name, tensor in state_dict.items():
-            own = self.get_parameter(name)
+            own = present[name]
             fresh = tensor.detach().to(own.device, own.dtype)
             if own.shape == fresh.shape:
                 with torch.no_grad():

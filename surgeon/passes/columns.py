@@ -31,7 +31,7 @@ def open_columns(program: Program, sites: Sequence[Attention], prefix: Delta) ->
         if site.core.target is SDPA:
             _open_fused(program, site.core, prefix, extend)
         else:
-            _open_spelled_out(site, extend)
+            _open_spelled_out(program, site, extend)
 
 
 def _columns(fill: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -63,17 +63,17 @@ def _causal(query: Tensor, prefix: Tensor) -> Tensor:
     return torch.cat([seen.new_full([rows, prefix.shape[-2]], True), seen], -1)
 
 
-def _open_spelled_out(site: Attention, extend: Callable[[fx.Node, fx.Node, float], None]) -> None:
-    """Walk from the score product to the softmax and widen every operand that has the key axis."""
+def _open_spelled_out(program: Program, site: Attention, extend: Callable[[fx.Node, fx.Node, float], None]) -> None:
+    """Walk from the score product to the softmax and widen every operand that has the key axis, and every view."""
     keys = site.scores.meta["val"].shape[-1]
     path = {site.scores} | (descendants(site.scores) & ancestors(site.core))
+    for node in (descendants(site.scores) & ancestors(site.mixed)) - {site.mixed}:
+        _free_size(program, node, keys)
     for node in sorted(path - {site.core}):
-        if node is not site.scores:
-            _free_size(node, keys)
         for operand in list(node.all_input_nodes):
             value = operand.meta.get("val")
             outside = operand not in path and isinstance(value, Tensor) and value.dim() > 0
-            if outside and value.shape[-1] is not None and value.shape[-1] == keys and _meets_columns(node, site):
+            if outside and value.shape[-1] == keys and _meets_columns(node, site):
                 extend(node, operand, _neutral(node, operand))
 
 
@@ -104,11 +104,18 @@ def _is_scores(node: fx.Node, position: int) -> bool:
     return isinstance(operand, fx.Node) and operand.meta["val"].dim() == node.meta["val"].dim()
 
 
-def _free_size(node: fx.Node, keys: int | torch.SymInt) -> None:
-    """Let a `view` on the path infer the key axis, which has grown."""
+def _free_size(program: Program, node: fx.Node, keys: int | torch.SymInt) -> None:
+    """Let a `view` on the path take the key axis as it is now, grown."""
     if str(node.target).split(".")[1] not in ("view", "reshape", "_unsafe_view"):
         return
-    sizes = list(node.args[1])  # type: ignore[arg-type]
+    source, sizes = node.args[0], list(node.args[1])  # type: ignore[arg-type]
     last = sizes[-1].meta["val"] if isinstance(sizes[-1], fx.Node) else sizes[-1]
-    if last == keys and -1 not in sizes:
-        node.args = (node.args[0], [*sizes[:-1], -1])
+    if not isinstance(source, fx.Node) or last != keys:
+        return
+    if -1 not in sizes:
+        node.args = (source, [*sizes[:-1], -1])
+        return
+    with program.graph.inserting_before(node):
+        grown = program.graph.call_function(torch.ops.aten.sym_size.int, (source, -1))
+    grown.meta = {"val": source.meta["val"].shape[-1], "surgeon": node.meta.get("surgeon")}
+    node.args = (source, [*sizes[:-1], grown])
