@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ Text = str | tuple[str, str]
 
 
 class Texts:
-    """The tokenizer of a build. Its own padding section says how to pad, the base's maximum how much to keep."""
+    """The tokenizer of a build. It says itself how to pad, the base's maximum how much to keep."""
 
     def __init__(self, source: str, max_length: int | None, where: str) -> None:
         self._source, self._max_length, self._where = source, max_length, where
@@ -69,10 +69,10 @@ class Texts:
             tokenizer.no_truncation()
         else:
             tokenizer.enable_truncation(limit, direction=(tokenizer.truncation or {}).get("direction", "right"))
-        padding = tokenizer.padding
+        padding = tokenizer.padding or _pad_token(tokenizer)
         if padding is not None:
             keep = ("direction", "pad_id", "pad_type_id", "pad_token")
-            tokenizer.enable_padding(**{key: padding[key] for key in keep})
+            tokenizer.enable_padding(**{key: padding[key] for key in keep if key in padding})
         return tokenizer
 
 
@@ -90,6 +90,13 @@ def read_texts(build: Path, manifest: Manifest, *, verify: bool) -> Texts:
         return Texts(data.decode(), manifest.base.max_length, str(path))
     except UnicodeDecodeError as error:
         raise BuildError("is not UTF-8", where=str(path)) from error
+
+
+def _pad_token(tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """The special token made for padding, as `[PAD]` or `<pad>`; checkpoints seldom have more of it than the name."""
+    special = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    pads = [(i, content) for i, content in special.items() if "pad" in content.casefold()]
+    return {"pad_id": pads[0][0], "pad_token": pads[0][1]} if len(pads) == 1 else None
 
 
 def _is_text(text: object) -> bool:

@@ -7,9 +7,12 @@ import itertools
 import numpy as np
 import onnxruntime
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from surgeon.errors import BuildError, DataError, SpecError
 from surgeon.runtime import Session
+from surgeon.runtime.manifest import Port
+from surgeon.runtime.text import Texts
 
 
 @pytest.fixture
@@ -133,6 +136,27 @@ def test_texts_are_cut_to_what_the_base_takes_or_to_less(session):
     assert session.encode(["w2 " * 40])["input_ids"].shape == (1, 16)
     assert session.encode(["w2 " * 40], max_length=5)["input_ids"].shape == (1, 5)
     assert session.encode([("w2 w3", "w4")])["input_ids"].tolist() == [[2, 3, 4]]
+
+
+def tokenizer_with(special):
+    tokenizer = Tokenizer(models.WordLevel({"w2": 0, "w3": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(special)
+    return tokenizer.to_str()
+
+
+def test_a_tokenizer_without_padding_section_pads_with_its_pad_token():
+    ports = [Port("input_ids", "int64", ("batch", "sequence"))]
+    texts = Texts(tokenizer_with(["<s>", "<pad>"]), None, "tokenizer.json")
+    assert texts.encode(["w2 w3", "w3"], ports)["input_ids"].tolist() == [[0, 1], [1, 4]]
+
+
+def test_a_tokenizer_that_cannot_pad_takes_texts_of_one_length_only():
+    ports = [Port("input_ids", "int64", ("batch", "sequence"))]
+    texts = Texts(tokenizer_with(["<s>"]), None, "tokenizer.json")
+    assert texts.encode(["w2 w3", "w3 w2"], ports)["input_ids"].tolist() == [[0, 1], [1, 0]]
+    with pytest.raises(BuildError, match="need padding"):
+        texts.encode(["w2 w3", "w3"], ports)
 
 
 @pytest.mark.parametrize("texts", ["w2", [b"w2"], [None], [("w2",)], []])
