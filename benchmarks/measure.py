@@ -1,0 +1,50 @@
+"""How benchmarks measure: variants in turn, medians, and ratios taken round by round."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table of the page, with what it says and what was aimed at."""
+
+    title: str
+    text: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        lines = [f"## {self.title}", "", self.text, "", "| " + " | ".join(self.columns) + " |"]
+        lines.append("| --- |" + " ---: |" * (len(self.columns) - 1))
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
+        return "\n".join(lines) + "\n"
+
+
+def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, warm: int = 3) -> dict[str, list[float]]:
+    """Seconds of every variant, one call each a round, the order turned from round to round."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    for i in range(-warm, rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            start = time.perf_counter()
+            variants[name]()
+            if i >= 0:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: Mapping[str, Sequence[float]], name: str, to: str) -> float:
+    """Median over the rounds of one variant's time to another's."""
+    return statistics.median(a / b for a, b in zip(times[name], times[to], strict=True))
+
+
+def milliseconds(times: Sequence[float]) -> str:
+    """A median as text."""
+    return f"{1000 * statistics.median(times):.2f} ms"
