@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
 
 from surgeon.base.folder import CONFIG, first_line, read_json
 from surgeon.errors import BaseError, SpecError, did_you_mean
@@ -18,6 +18,9 @@ FOREIGN = (
     OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError, IndexError, ArithmeticError,
     StrictDataclassError,
 )  # fmt: skip
+
+ROPE = {"rope_theta", "partial_rotary_factor"}
+"""Written beside the fields, as most checkpoints have them; transformers moves them into `rope_parameters`."""
 
 
 def read_config(folder: Path, source: str, *, trust_remote_code: bool) -> PretrainedConfig:
@@ -41,15 +44,17 @@ def written_config(options: Mapping[str, object]) -> PretrainedConfig:
     rest = dict(options)
     kind = rest.pop("model_type", None)
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        what = "needs a model_type" if kind is None else f"unknown model type {kind!r}"
-        known = sorted(CONFIG_MAPPING)
-        raise SpecError(what, where="base.config", try_=did_you_mean(str(kind), known), there_is=known)
+        kinds = sorted(CONFIG_MAPPING)
+        if kind is None:
+            raise SpecError("it needs a model_type", where="base.config", there_is=kinds)
+        what, try_ = f"unknown model type {kind!r}", did_you_mean(str(kind), kinds)
+        raise SpecError(what, where="base.config.model_type", try_=try_, there_is=kinds)
     cls: Any = CONFIG_MAPPING[kind]
+    known = _keys(cls)
     for key in rest:
-        known = _keys(cls)
-        if key not in known and not hasattr(cls, key):
-            try_ = did_you_mean(key, known)
-            raise SpecError(f"a {kind} configuration has no '{key}'", where="base.config", try_=try_, there_is=known)
+        if not (key in known or hasattr(cls, key) or key in ROPE | GenerationConfig().to_dict().keys()):
+            what, where = f"a {kind} configuration has no '{key}'", f"base.config.{key}"
+            raise SpecError(what, where=where, try_=did_you_mean(key, known), there_is=known)
     try:
         config = cls(**rest)
     except FOREIGN as error:

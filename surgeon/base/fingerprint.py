@@ -8,14 +8,14 @@ import torch
 from transformers import PreTrainedModel
 
 
-def fingerprint(model: PreTrainedModel) -> str | None:
+def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 over the class name and the sorted names, types, shapes and bytes of parameters and persistent buffers.
 
-    None for a model without weights (on the meta device).
+    Empty for a model without weights (on the meta device).
     """
     state = model.state_dict()
     if any(tensor.is_meta for tensor in state.values()):
-        return None
+        return ""
     digest = hashlib.sha256(type(model).__name__.encode())
     owners: dict[tuple[int, torch.Size, torch.dtype], str] = {}
     for name, tensor in sorted(state.items()):

@@ -110,9 +110,12 @@ def load(
 
 def check_finite(model: PreTrainedModel, source: str) -> None:
     """Raise BaseError where a weight is NaN or infinite."""
-    for name, tensor in model.named_parameters():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            bad = ~tensor.isfinite()
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        if tensor.sum().isfinite():  # one pass; it is never finite where an element is not
+            continue
+        bad = ~tensor.isfinite()
+        if bad.any():
             first = bad.nonzero()[0].tolist()
             raise BaseError(
                 f"{name} holds {int(bad.sum())} values that are NaN or infinite, of {tensor.numel()}, first at {first}",

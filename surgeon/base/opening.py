@@ -31,8 +31,8 @@ class Base:
     model: PreTrainedModel
     source: str
     head: HeadName
-    fingerprint: str | None
-    """None where the model has no weights."""
+    fingerprint: str
+    """Empty where the model has no weights."""
     fresh: tuple[str, ...] = ()
     """Parameters that the base's files do not hold: drawn at random."""
     max_length: int | None = None

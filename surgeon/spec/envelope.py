@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,6 +25,7 @@ from pydantic import (
     StrictStr,
     TypeAdapter,
     ValidationError,
+    WithJsonSchema,
     field_serializer,
     field_validator,
     model_validator,
@@ -102,7 +105,19 @@ def _labels(value: object) -> object:
     return names or count
 
 
-Labels = Annotated[tuple[StrictStr, ...] | StrictInt | None, BeforeValidator(_labels)]
+Labels = Annotated[
+    tuple[StrictStr, ...] | StrictInt | None,
+    BeforeValidator(_labels),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 2, "uniqueItems": True},
+                {"type": "integer", "minimum": 2},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
 
 
 class TaskSpec(Part):
@@ -124,7 +139,7 @@ def _task_name(name: str) -> str:
 
 
 TaskName = Annotated[
-    StrictStr, BeforeValidator(_task_name), Field(json_schema_extra={"pattern": f"^{TASK_NAME.pattern}$"})
+    StrictStr, AfterValidator(_task_name), Field(json_schema_extra={"pattern": f"^{TASK_NAME.pattern}$"})
 ]
 Task = Annotated[TaskSpec, BeforeValidator(lambda value: {} if value is None else value)]
 
@@ -145,6 +160,12 @@ class ExportSpec(Part):
         return modes
 
 
+@cache
+def _adapter(known: type[Pass]) -> TypeAdapter[dict[str, BaseModel]]:
+    """Validates `{name: options}` with one class, so that the name stands in the path of every mistake."""
+    return TypeAdapter(dict[str, known])  # type: ignore[valid-type]
+
+
 def _item(value: object) -> BaseModel:
     """A surgery item as its technique's pass. Raises ValidationError with the technique's name in front of the path."""
     if isinstance(value, BaseModel):
@@ -155,8 +176,7 @@ def _item(value: object) -> BaseModel:
         raise PydanticCustomError("item", "must be one technique with its options, such as `- lora: {rank: 8}`")
     try:
         known = technique(str(name))
-        item = TypeAdapter(dict[str, known]).validate_python({name: {} if options is None else options})  # type: ignore[valid-type]
-        return cast(BaseModel, item[name])
+        return _adapter(known).validate_python({name: {} if options is None else options})[name]
     except SpecError as error:
         context = {"what": error.what, "there_is": error.there_is, "try_": error.try_}
         mistake = PydanticCustomError("technique", "{what}", context)

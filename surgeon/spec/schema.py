@@ -32,6 +32,12 @@ def json_schema() -> dict[str, Any]:
             for name, model in passes.items()
         },
     }
+    tasks = spec["properties"]["tasks"]
+    tasks["patternProperties"] = {
+        pattern: {"anyOf": [task, {"type": "null"}]} for pattern, task in tasks["patternProperties"].items()
+    }
+    tasks["additionalProperties"] = False
+    del definitions["BaseModel"]  # the item's class before its technique is known
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **spec,

@@ -20,6 +20,7 @@ MAX_CHARACTERS = 1_000_000
 MAX_NODES = 20_000
 MAX_DEPTH = 40
 
+LINE_BREAK = re.compile(r"\r\n|[\n\r\x85\u2028\u2029]")
 NULL = re.compile(r"~|null|Null|NULL|")
 BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 INT = re.compile(r"[-+]?[0-9]+")
@@ -77,7 +78,7 @@ def parse(text: str, name: str) -> tuple[object, Origin, list[Problem]]:
 
     Raises SpecError where it is not readable.
     """
-    origin = Origin(name, tuple(re.split(r"\r\n|[\n\r\x85\u2028\u2029]", text)))
+    origin = Origin(name, tuple(LINE_BREAK.split(text)))
     if len(text) > MAX_CHARACTERS:
         raise SpecProblems([Problem(f"{len(text)} characters, where a spec has at most {MAX_CHARACTERS}", where=name)])
     reader = _Reader(origin)
@@ -136,7 +137,7 @@ class _Reader:
             return value
         before = self.nodes
         assert isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent)
-        if event.tag is not None and event.tag != "!":
+        if event.tag is not None:
             self.problems.append(self.problem(f"tags are not read: {event.tag}", event.start_mark))
         result: object
         if isinstance(event, yaml.MappingStartEvent):
@@ -218,10 +219,16 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: object) -> bool:
         return True
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Text with a line break in quotes: YAML's versions and readers differ over what ends a line."""
+        style = '"' if LINE_BREAK.search(data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)
 
 
+_Dumper.add_representer(str, _Dumper.represent_str)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", INT, list("-+0123456789"))
 
