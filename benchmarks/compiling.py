@@ -21,8 +21,8 @@ def measure() -> Iterator[Section]:
     """One table."""
     yield Section(
         "Compiling",
-        "A spec with LoRA r=16 and one task, against `torch.onnx.export` of the same base: time from the loaded base to "
-        "the written files, peak memory of the process. *another rank* and *another task* compile a changed spec after "
+        "A spec with LoRA r=16 and one task, against `torch.onnx.export` of the same base: time from the loaded base "
+        "to the written files, peak memory of the process. *another rank* and *another task* compile a changed spec after "
         "the first one: the converted graph is reused, since its free dimensions do not depend on either. Aims: time "
         "and memory ≤ 1.3.",
         (
@@ -45,8 +45,8 @@ def _row(name: str) -> tuple[str, ...]:
     found: dict[str, list[dict[str, float]]] = {variant: [] for variant in ("export", "compile", "rank", "task")}
     for _ in range(ROUNDS[name]):
         with tempfile.TemporaryDirectory() as folder:
-            for variant in found:
-                found[variant].append(_run(name, variant, Path(folder)))
+            for variant, runs in found.items():
+                runs.append(_run(name, variant, Path(folder)))
     seconds = {v: statistics.median(r["seconds"] for r in runs) for v, runs in found.items()}
     peaks = {v: statistics.median(r["peak"] for r in runs) for v, runs in found.items()}
     return (

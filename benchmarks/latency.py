@@ -44,7 +44,7 @@ def _base(name: str, folder: Path) -> Section:
     tuned = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=["query", "value"])).eval()
     rows = []
     for (batch, tokens), rounds in SHAPES.items():
-        rows.append(_shape(batch, tokens, rounds, stock, sessions, tuned))
+        rows.append(_shape((batch, tokens), rounds, stock, sessions, tuned))
     return Section(
         f"Latency of a swapped task: {name}",
         "LoRA r=16 on q and v, another task on every call. *stock* is `torch.onnx.export` of the base with default "
@@ -76,14 +76,13 @@ def options() -> ort.SessionOptions:
 
 
 def _shape(
-    batch: int,
-    tokens: int,
+    shape: tuple[int, int],
     rounds: int,
     stock: ort.InferenceSession,
     sessions: dict[str, Session],
     tuned: torch.nn.Module,
 ) -> tuple[str, ...]:
-    tensors = inputs(batch, tokens)
+    tensors = inputs(*shape)
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     turn = {"ours": 0, "fused by choice": 0}
 
@@ -108,4 +107,4 @@ def _shape(
     )
     shown = [milliseconds(times[name]) for name in ("stock", "plain", "no task", "task", "chosen", "peft")]
     ratios = [("task", "plain"), ("task", "stock"), ("chosen", "stock"), ("peft", "task")]
-    return (f"{batch} × {tokens}", *shown, *(f"**{ratio(times, a, b):.2f}**" for a, b in ratios))
+    return (f"{shape[0]} × {shape[1]}", *shown, *(f"**{ratio(times, a, b):.2f}**" for a, b in ratios))

@@ -88,14 +88,15 @@ def compile(
     """
     report = progress or (lambda _: None)
     spec = read_spec(spec)
-    if base is None and spec.base is None:
+    source = base if base is not None else spec.base
+    if source is None:
         raise SpecError("the spec names no base, and none was given", try_="write `base: {model: …}` or pass a model")
     if out is not None:
         from surgeon.build import check_writable
 
         check_writable(Path(out))
     report("reading the base")
-    opened = open_base(base if base is not None else spec.base, weights=weights, seed=spec.seed)
+    opened = open_base(source, weights=weights, seed=spec.seed)
     report("tracing")
     inputs = text_inputs(opened.model)
     graph_module = trace(opened.model, inputs)

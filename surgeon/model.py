@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -31,6 +31,10 @@ class TaskModel(nn.Module):
     Base tensors appear under checkpoint names and do not require gradients; deltas appear under their ledger names,
     as trained (before the fold). `state_dict` and `load_state_dict` know the task's tensors only.
     """
+
+    _graph: fx.GraphModule
+    accepts_loss_kwargs = False
+    """Tells `transformers.Trainer` that the loss is a mean over the batch."""
 
     def __init__(
         self,
@@ -74,13 +78,26 @@ class TaskModel(nn.Module):
             module = module._modules[part]  # type: ignore[assignment]
         module._parameters[leaf] = parameter
 
-    def forward(self, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+    ) -> Any:
         """The base's output for the task. Absent masks and token types are filled as the base would."""
-        labels = {k: kwargs.pop(k) for k in ("labels", "start_positions", "end_positions") if kwargs.get(k) is not None}
-        kwargs = {k: v for k, v in kwargs.items() if v is not None}
-        output = self._run(self._complete(kwargs, labels.get("labels")))
-        if labels:
-            output = type(output)(loss=self._loss(output, labels), **{k: v for k, v in output.items() if k != "loss"})
+        names = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
+        values = (input_ids, attention_mask, token_type_ids, decoder_input_ids)
+        given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+        output = self._run(self._complete(given, labels))
+        targets = {"labels": labels, "start_positions": start_positions, "end_positions": end_positions}
+        targets = {name: value for name, value in targets.items() if value is not None}
+        if targets:
+            output = type(output)(loss=self._loss(output, targets), **{k: v for k, v in output.items() if k != "loss"})
         return output
 
     def _run(self, inputs: Mapping[str, Tensor]) -> Any:
@@ -89,9 +106,9 @@ class TaskModel(nn.Module):
         deployed = self.deployed()
         return functional_call(self._graph, {n: deployed[n] for n in self._replaced}, (), dict(inputs))
 
-    def _complete(self, given: dict[str, Any], labels: Tensor | None) -> dict[str, Tensor]:
+    def _complete(self, given: dict[str, Tensor], labels: Tensor | None) -> dict[str, Tensor]:
         names = [i.name for i in self.inputs]
-        if unknown := set(given) - set(names) - {"return_dict", "num_items_in_batch"}:
+        if unknown := set(given) - set(names):
             raise DeltaError(f"the traced base takes no {sorted(unknown)}", there_is=names)
         if "decoder_input_ids" in names and "decoder_input_ids" not in given and labels is not None:
             given["decoder_input_ids"] = self._shifted(labels)
@@ -110,8 +127,8 @@ class TaskModel(nn.Module):
         first = labels.new_full((labels.shape[0], 1), start)
         return torch.cat([first, labels[:, :-1].masked_fill(labels[:, :-1] == -100, self.config.pad_token_id)], 1)
 
-    def _loss(self, output: Any, labels: Mapping[str, Tensor]) -> Tensor:
-        loss: Callable[..., Tensor] = LOSS_MAPPING[LOSSES[self.head]]
+    def _loss(self, output: Any, labels: Mapping[str, Any]) -> Tensor:
+        loss: Callable[..., Tensor] = cast(Any, LOSS_MAPPING[LOSSES[self.head]])
         if self.head == "question-answering":
             return loss(output.start_logits, output.end_logits, **labels)
         if self.head in ("sequence-classification", "token-classification"):

@@ -52,6 +52,14 @@ class Program:
             value = self._current[value]
         return value
 
+    def replaced(self, reader: fx.Node, operand: fx.Node) -> fx.Node:
+        """What `reader` read before passes put `operand` in its place: the other way round of `current`."""
+        for (edge, value), result in self._edges.items():
+            if edge is reader and result is operand:
+                return value
+        values = [value for value, result in self._current.items() if result is operand]
+        return self.replaced(reader, values[0]) if values else operand
+
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer by its dotted name."""
         owner, _, leaf = name.rpartition(".")
@@ -222,11 +230,10 @@ class Program:
         modes = (n.meta["val"].fake_mode for n in self.graph.nodes if isinstance(n.meta.get("val"), FakeTensor))
         dynamic = [DimDynamic.DYNAMIC if axis in delta.free else DimDynamic.STATIC for axis in range(len(delta.shape))]
         device = next(self.graph_module.parameters()).device
-        example = delta.sample()
-        return next(modes).from_tensor(
-            example.to(device),
-            symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic),
+        fake: FakeTensor = next(modes).from_tensor(
+            delta.sample().to(device), symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic)
         )
+        return fake
 
     def _read(self, delta: Delta, fake: FakeTensor) -> fx.Node:
         node = self.graph.get_attr(delta.name)
@@ -235,7 +242,7 @@ class Program:
         return node
 
     def _copy(self, inner: fx.Node, env: Mapping[fx.Node, Argument], anchor: fx.Node) -> fx.Node:
-        node = self.graph.node_copy(inner, lambda n: env[n])  # type: ignore[arg-type, return-value]
+        node = self.graph.node_copy(inner, lambda n: env[n])
         node.meta = {"val": inner.meta.get("val"), "surgeon": self._author}
         if "nn_module_stack" in anchor.meta:
             node.meta["nn_module_stack"] = anchor.meta["nn_module_stack"]

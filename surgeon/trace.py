@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -72,7 +73,7 @@ def trace(model: PreTrainedModel, inputs: tuple[Input, ...] | None = None) -> fx
     cannot follow the model or freezes one of its sizes.
     """
     inputs = inputs or text_inputs(model)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     sample = sample_inputs(inputs, vocabulary, next(model.parameters()).device)
     training = model.training
     with _traceable(model), _quiet():
@@ -151,6 +152,7 @@ def _inline_grad_blocks(graph_module: fx.GraphModule) -> None:
         if node.target is not torch.ops.higher_order.wrap_with_set_grad_enabled:
             continue
         block = graph_module.get_submodule(node.args[1].target)
+        assert isinstance(block, fx.GraphModule)
         with graph_module.graph.inserting_before(node):
             places = iter(node.args[2:])
             env = {inner: next(places) for inner in block.graph.nodes if inner.op == "placeholder"}
@@ -178,7 +180,7 @@ def _canonical_names(graph_module: fx.GraphModule, names: Mapping[int, str]) -> 
     for node in graph_module.graph.nodes:
         if node.op != "get_attr":
             continue
-        tensor = graph_module
+        tensor: Any = graph_module
         for part in node.target.split("."):
             tensor = getattr(tensor, part)
         wanted = names.get(id(tensor))

@@ -2,7 +2,7 @@
 
 from surgeon.anatomy.finding import find
 from surgeon.anatomy.report import rows, summary
-from surgeon.anatomy.select import Selector, Where, select
+from surgeon.anatomy.select import Selector, Where, select, selectors
 from surgeon.anatomy.sites import Anatomy, Attention, Embedding, Join, Norm, Projection, Site
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "find",
     "rows",
     "select",
+    "selectors",
     "summary",
 ]

@@ -145,6 +145,11 @@ Where = Annotated[
 """Type of a `where` option: a selector or a list of them."""
 
 
+def selectors(*texts: str) -> tuple[Selector, ...]:
+    """A `where` from its text."""
+    return tuple(map(Selector.parse, texts))
+
+
 def names(site: Site) -> list[str]:
     """The module path of a site and the names of its parameters."""
     parameters = [site.weight, site.bias] if isinstance(site, (Projection, Norm)) else [getattr(site, "weight", None)]

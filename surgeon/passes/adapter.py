@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from surgeon.anatomy import Join, Norm, Selector, Where, select
+from surgeon.anatomy import Join, Norm, Where, select, selectors
 from surgeon.ledger import Delta, Init, truncated_normal, value, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.program import Program
@@ -75,7 +75,7 @@ class Adapter(Pass):
         found = {join.role for join in program.anatomy.joins}
         if self.placement == "houlsby" and "residual.cross_attention" in found:
             wanted |= {"residual.cross_attention"}
-        return select(program.anatomy, tuple(Selector.parse(role) for role in sorted(wanted)), Join)
+        return select(program.anatomy, selectors(*sorted(wanted)), Join)
 
     def _adapt(self, program: Program, join: Join) -> None:
         d, m = join.width, self.bottleneck

@@ -72,8 +72,9 @@ def _open_spelled_out(program: Program, site: Attention, extend: Callable[[fx.No
     for node in sorted(path - {site.core}):
         for operand in list(node.all_input_nodes):
             value = operand.meta.get("val")
-            outside = operand not in path and isinstance(value, Tensor) and value.dim() > 0
-            if outside and value.shape[-1] == keys and _meets_columns(node, site):
+            if operand in path or not isinstance(value, Tensor) or value.dim() == 0:
+                continue
+            if value.shape[-1] == keys and _meets_columns(node, site):
                 extend(node, operand, _neutral(node, operand))
 
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from surgeon.anatomy import Projection, Selector, Site, Where, select
+from surgeon.anatomy import Projection, Site, Where, select, selectors
 from surgeon.errors import SelectorError
 from surgeon.ledger import normal, value, zeros
 from surgeon.passes import Pass, PassResult
@@ -33,7 +33,7 @@ class Head(Pass):
     labels: PositiveInt | None = Field(None, description="Outputs of a task that does not say; unset it is the base's.")
     std: float = Field(0.02, gt=0, description="Standard deviation of the fresh weights.")
     hidden: bool = Field(False, description="Train the dense layer before the classifier too.")
-    where: Where = Field("head.out", description="The projection that gives the logits.")
+    where: Where = Field(selectors("head.out"), description="The projection that gives the logits.")
 
     def call(self, program: Program) -> PassResult:
         sites = select(program.anatomy, self.where, Projection)
@@ -66,7 +66,7 @@ class Head(Pass):
         program.replace(site.output, classified, (weight, bias), also=(site.input,))
 
     def _train_hidden(self, program: Program) -> None:
-        for site in select(program.anatomy, (Selector.parse("head.dense"),), Projection):
+        for site in select(program.anatomy, selectors("head.dense"), Projection):
             for part, name in (("weight", site.weight), ("bias", site.bias)):
                 if name is not None and program.reads(name):
                     self._substitute(program, site, part, name)

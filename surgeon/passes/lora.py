@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from surgeon.anatomy import Projection, Selector, Where, select
+from surgeon.anatomy import Projection, Selector, Where, select, selectors
 from surgeon.errors import SpecError
 from surgeon.ledger import kaiming_uniform, zeros
 from surgeon.passes import Pass, PassResult
@@ -40,7 +40,7 @@ class LoRA(Pass):
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the product's input, in training only.")
     where: Where = Field(
-        ("attention.query", "attention.value"),
+        selectors("attention.query", "attention.value"),
         description="Projections to adapt; as in the paper, the queries and values of self-attention.",
     )
     ranks: dict[str, PositiveInt] = Field(

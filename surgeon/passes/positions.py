@@ -115,5 +115,5 @@ class _Probe:
             return self.inputs[node.name]
         if node.op == "get_attr":
             return self.program.tensor(str(node.target))
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.known.__getitem__)  # type: ignore[arg-type, misc]
-        return node.target(*args, **kwargs)  # type: ignore[operator, misc, arg-type]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.known.__getitem__)  # type: ignore[arg-type]
+        return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -97,7 +97,8 @@ class Prefix(Pass):
             rows = torch.tanh(e @ w1 + b1) @ w2 + b2
             pieces = torch.split(rows, flat, -1)
             return tuple(
-                p.unflatten(-1, (d.shape[0], d.shape[2])).transpose(0, 1) for p, d in zip(pieces, deltas, strict=True)
+                torch.unflatten(p, -1, (d.shape[0], d.shape[2])).transpose(0, 1)
+                for p, d in zip(pieces, deltas, strict=True)
             )
 
         program.fold(names, [d.name for d in deltas], unfold)
