@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
@@ -50,9 +50,10 @@ def written_config(options: Mapping[str, object]) -> PretrainedConfig:
         what, try_ = f"unknown model type {kind!r}", did_you_mean(str(kind), kinds)
         raise SpecError(what, where="base.config.model_type", try_=try_, there_is=kinds)
     cls: Any = CONFIG_MAPPING[kind]
-    known = _keys(cls)
+    known, generation = _keys(cls), cast(Any, GenerationConfig)()
+    beside = ROPE | generation.to_dict().keys()
     for key in rest:
-        if not (key in known or hasattr(cls, key) or key in ROPE | GenerationConfig().to_dict().keys()):
+        if not (key in known or hasattr(cls, key) or key in beside):
             what, where = f"a {kind} configuration has no '{key}'", f"base.config.{key}"
             raise SpecError(what, where=where, try_=did_you_mean(key, known), there_is=known)
     try:

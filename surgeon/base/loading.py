@@ -96,8 +96,13 @@ def load(
     lost = sorted(name for name in report["missing_keys"] if name in core and "pooler" not in name.split("."))
     if lost:
         what = f"{len(lost)} of the {len(core)} tensors that a {config.model_type} model is made of are missing"
-        there_is = shorten(sorted(report["unexpected_keys"])) or "none that is not used"
-        raise BaseError(f"{what}: {shorten(lost, 3)}", where=source, there_is=f"left over in the files: {there_is}")
+        there_is = shorten(sorted(report["unexpected_keys"]), 5) or "nothing"
+        raise BaseError(
+            f"{what}: {shorten(lost, 3)}",
+            where=source,
+            there_is=f"left over in the files: {there_is}",
+            try_=f"the head it was saved with: config.json says {shorten(config.architectures or ['nothing'])}",
+        )
     left = sorted(_left_over(report["unexpected_keys"], core, model.base_model_prefix))
     if left:
         what = f"its weights have {len(left)} tensors that config.json has no place for"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -39,8 +41,6 @@ class Base:
     """Positions there are for text; None where nothing limits them."""
     tokenizer_path: Path | None = None
     """A `tokenizer.json`; None where the base has no tokenizer."""
-    converted: TemporaryDirectory[str] | None = None
-    """Keeps a `tokenizer.json` made from older files for as long as the base lives."""
 
 
 def load_base(base: BaseSpec, *, weights: bool = True, seed: int = 0) -> PreTrainedModel:
@@ -90,8 +90,8 @@ def _described(
     fresh: tuple[str, ...] = (),
     trusted: bool = False,
 ) -> Base:
-    path, converted = _tokenizer(folder, source, trusted) if folder else (None, None)
-    return Base(
+    path, scratch = _tokenizer(folder, source, trusted) if folder else (None, None)
+    base = Base(
         model=model,
         source=source,
         head=head,
@@ -99,8 +99,10 @@ def _described(
         fresh=fresh,
         max_length=_max_length(model, folder, source),
         tokenizer_path=path,
-        converted=converted,
     )
+    if scratch:
+        weakref.finalize(base, shutil.rmtree, scratch, ignore_errors=True)
+    return base
 
 
 def _folder_of(model: PreTrainedModel) -> Path | None:
@@ -137,18 +139,18 @@ def _first_position(model: PreTrainedModel, positions: int) -> int:
     return 0
 
 
-def _tokenizer(folder: Path, source: str, trusted: bool) -> tuple[Path | None, TemporaryDirectory[str] | None]:
-    """The folder's `tokenizer.json`, or one made from the older files it has."""
+def _tokenizer(folder: Path, source: str, trusted: bool) -> tuple[Path | None, Path | None]:
+    """The folder's `tokenizer.json`, or one made from the older files it has and the scratch folder that holds it."""
     if (path := folder / "tokenizer.json").exists():
         return path, None
     if not any(next(folder.glob(pattern), None) for pattern in OLDER_TOKENIZERS):
         return None, None
-    converted = TemporaryDirectory(prefix="surgeon-tokenizer-")
+    scratch = Path(mkdtemp(prefix="surgeon-tokenizer-"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
-        tokenizer.save_pretrained(converted.name)
+        tokenizer.save_pretrained(scratch)
     except FOREIGN as error:
-        converted.cleanup()
+        shutil.rmtree(scratch, ignore_errors=True)
         raise BaseError(f"its tokenizer cannot be read: {first_line(error)}", where=source) from error
-    made = Path(converted.name, "tokenizer.json")
-    return (made, converted) if made.exists() else (None, converted)
+    made = scratch / "tokenizer.json"
+    return (made if made.exists() else None), scratch
