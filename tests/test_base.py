@@ -119,6 +119,7 @@ def test_weights_in_several_files_open_as_one(folder: Path) -> None:
         (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json is not a JSON object"),
         (lambda f: edit_config(f, model_type="berd"), "did you mean 'bert'?"),
+        (lambda f: edit_config(f, model_type={}), "no model type that transformers knows"),
         (lambda f: edit_config(f, model_type=None), "no model type that transformers knows"),
         (lambda f: edit_config(f, num_attention_heads=7), "hidden size (32) is not a multiple"),
         (lambda f: edit_config(f, hidden_size="wide"), "config.json does not fit"),

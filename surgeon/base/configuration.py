@@ -27,7 +27,7 @@ def read_config(folder: Path, source: str, *, trust_remote_code: bool) -> Pretra
     """The configuration in a folder. Raises BaseError."""
     raw = read_json(folder / CONFIG, source)
     kind, remote = raw.get("model_type"), "auto_map" in raw
-    if kind not in CONFIG_MAPPING and not (remote and trust_remote_code):
+    if not (isinstance(kind, str) and kind in CONFIG_MAPPING) and not (remote and trust_remote_code):
         what = f"config.json has no model type that transformers knows (model_type: {kind!r})"
         try_ = did_you_mean(str(kind), CONFIG_MAPPING)
         raise BaseError(what, where=source, try_="`trust_remote_code: true`, if you trust its code" if remote else try_)

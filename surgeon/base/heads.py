@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 from transformers import (
     AutoModel,
@@ -46,8 +46,9 @@ def head_of(model: PreTrainedModel) -> HeadName:
     """The head of a model in hand. Raises BaseError where it is none of ours."""
     own = {cls.__name__ for cls in type(model).__mro__}
     for head, auto in AUTO.items():
-        if own & set(_class_names(model.config, auto)):
-            return head
+        for named in auto._model_mapping._model_mapping.values():
+            if own & set(_listed(named)):
+                return head
     for head, auto in AUTO.items():  # a class of the user's own, named as transformers names its own
         if getattr(model, "loss_type", None) == auto.__name__.removeprefix("AutoModel"):
             return head
@@ -56,5 +57,8 @@ def head_of(model: PreTrainedModel) -> HeadName:
 
 def _class_names(config: PretrainedConfig, auto: Any) -> tuple[str, ...]:
     """The classes an auto class would choose from; read as names, so that none is imported."""
-    found = auto._model_mapping._model_mapping.get(config.model_type, ())
-    return (found,) if isinstance(found, str) else cast("tuple[str, ...]", tuple(found))
+    return _listed(auto._model_mapping._model_mapping.get(config.model_type, ()))
+
+
+def _listed(found: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (found,) if isinstance(found, str) else tuple(found)
