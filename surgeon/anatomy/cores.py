@@ -13,7 +13,7 @@ from surgeon.anatomy.weighted import WeightedOp
 POINTWISE = (
     LAYOUTS
     | {"add", "sub", "mul", "div", "tanh", "where", "masked_fill", "dropout", "slice", "clamp", "cat", "softmax"}
-    | {"getitem", "max", "maximum", "sub"}
+    | {"getitem", "max", "maximum"}
 )
 REPETITIONS = RESHAPES | CASTS | {"expand", "unsqueeze", "slice", "repeat_interleave", "repeat", "expand_as"}
 

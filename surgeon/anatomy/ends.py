@@ -4,37 +4,26 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from surgeon.anatomy.facts import CASTS, LAYOUTS, NONLINEARITIES, Facts, rank, shape, width
+from surgeon.anatomy.facts import LAYOUTS, NONLINEARITIES, Facts, rank, shape, width
 from surgeon.anatomy.joins import JoinOp, Reading
 from surgeon.anatomy.probe import integers
+from surgeon.anatomy.stacks import Stack, stack_below
 from surgeon.anatomy.weighted import WeightedOp
 
 SAME_IDS = LAYOUTS | {"clamp", "masked_fill", "slice", "where"}
 
 
-def embeddings(facts: Facts) -> dict[Node, str]:
+def embeddings(reading: Reading, chains: list[Stack]) -> dict[Node, str]:
     """Every table lookup of a parameter with its role, in graph order."""
+    facts = reading.facts
     found = [n for n in facts.nodes if facts.op[n] == "embedding" and facts.weight(_table(n)) is not None]
     roles = {node: _embedding_role(facts, node) for node in found}
-    # Of two tables that inputs index directly and that are summed, the larger holds the words.
-    looked_up = [n for n in found if roles[n] == "embedding.token"]
-    for node in looked_up:
-        rivals = [o for o in looked_up if o is not node and _sums(facts, o) & _sums(facts, node)]
-        if any(_rows(o) > _rows(node) for o in rivals):
+    # Of the tables of one stack that inputs index directly, the largest holds the words.
+    direct = {node: stack_below(reading, node, chains) for node in found if roles[node] == "embedding.token"}
+    for node, stack in direct.items():
+        if any(_rows(other) > _rows(node) for other, home in direct.items() if home is stack):
             roles[node] = "embedding.type"
     return roles
-
-
-def _sums(facts: Facts, node: Node) -> set[Node]:
-    """The adds that a table's rows go into before anything else happens to them."""
-    found: set[Node] = set()
-    todo = [node]
-    while todo:
-        for user in facts.users[todo.pop()]:
-            if user not in found and facts.op[user] in {"add", *CASTS}:
-                found.add(user)
-                todo.append(user)
-    return {node for node in found if facts.op[node] == "add"}
 
 
 def _table(node: Node) -> Node:

@@ -187,7 +187,8 @@ class Facts:
         while node not in barriers:
             op, flow = self.op[node], self.flow(node)
             same = op in {"dropout", *CASTS, *RESHAPES} or (op == "slice" and shapes_match(node, flow[0]))
-            if op in {"mul", "div"} and len(flow) == 1:
+            shifts = op == "add" and len(self.inputs[node]) == 2 and bool(self.inputs[node][1] in self.fixed)
+            if (op in {"mul", "div"} or shifts) and len(flow) == 1:
                 same = shapes_match(node, flow[0])
             if not same or len(flow) != 1:
                 break

@@ -23,7 +23,8 @@ from surgeon.anatomy.weighted import weighted_ops
 def find(graph_module: fx.GraphModule) -> Anatomy:
     """All sites of a traced model, found by the structure of its graph alone.
 
-    What was seen and not understood is told in `notes`; nothing is raised.
+    What was seen and not understood is told in `notes`. Raises TraceError only where the layout of a fused
+    projection hangs on a buffer and the base holds no numbers (a meta device).
     """
     facts = Facts(graph_module)
     weighted = weighted_ops(facts)
@@ -79,9 +80,19 @@ class Finder:
             if op.static and op not in taken:
                 placed.append((Part(op, "other"), self._stack(op.node, after=False), None))
         sites = [self._projection(*p) for p in placed if p[0].op.plain]
+        self._note_leftovers(placed)
+        return sorted(sites, key=lambda s: self.facts.position[s.node])
+
+    def _note_leftovers(self, placed: list[tuple[Part, str, int | None]]) -> None:
+        """Tell what has no role of its own."""
+        lost = [p for p in placed if p[0].role == "other" and p[2] is None and self._stack(p[0].op.node, after=True)]
+        if lost:
+            self.notes.append(f"{len(lost)} projections between the sublayers stand in none")
+        for chain in self.chains:
+            if chain.name not in {"encoder", "decoder"}:
+                self.notes.append(f"{chain.name}: {len(chain.joins)} residual joins apart from encoder and decoder")
         odd = Counter(f"{part.op.node.target}" for part, _, _ in placed if not part.op.plain)
         self.notes += [f"{count} weights used by {op} are no sites: not a plain product" for op, count in odd.items()]
-        return sorted(sites, key=lambda s: self.facts.position[s.node])
 
     def _projection(self, part: Part, stack: str, layer: int | None) -> Projection:
         op = part.op
@@ -189,7 +200,7 @@ class Finder:
 
     def _embeddings(self) -> list[Embedding]:
         found = []
-        for node, role in embeddings(self.facts).items():
+        for node, role in embeddings(self.reading, self.chains).items():
             table = self.facts.weight(self.facts.inputs[node][0])
             assert table is not None
             rows, width = (int(size) for size in table.node.meta["val"].shape)

@@ -57,7 +57,7 @@ def joins(reading: Reading) -> list[JoinOp]:
     active = {n for n, w in reading.weighted.items() if not w.static}
     moving = facts.bits(active) | facts.bits(n for n in facts.nodes if facts.op[n] in MIXERS)
     found = _without_long_skips(
-        [j for node in _outermost_adds(facts) if (j := _join(reading, node, moving)) is not None], moving
+        facts, [j for node in _outermost_adds(facts) if (j := _join(reading, node, moving)) is not None], moving
     )
     return [_told_apart(reading, join, found) for join in found]
 
@@ -153,13 +153,13 @@ def _ends_projected(reading: Reading, value: Node) -> bool:
     return False
 
 
-def _without_long_skips(found: list[JoinOp], moving: int) -> list[JoinOp]:
+def _without_long_skips(facts: Facts, found: list[JoinOp], moving: int) -> list[JoinOp]:
     """Drop joins that bring an early state back: all their weights belong to other joins."""
     kept = []
     for join in found:
         rest = join.interval
         for other in found:
-            if other is not join:
+            if other is not join and join.interval & facts.bit(other.root):
                 rest &= ~other.interval
         if rest & moving:
             kept.append(join)
