@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import surgeon
-from surgeon.errors import DataError, DeltaError, SpecError
+from surgeon.errors import BuildError, DataError, DeltaError, SpecError
 from surgeon.train import (
     DivergedError,
     Row,
@@ -252,6 +252,14 @@ def test_a_checkpoint_is_tensors_and_json_and_a_damaged_one_is_refused(model, to
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(DataError, match="the checkpoint is damaged"):
         newest_checkpoint(folder)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(model, tokenizer, tmp_path):
+    fresh, taken = weights(model), tmp_path / "a-file"
+    taken.touch()
+    with pytest.raises(BuildError, match="the checkpoint could not be written"):
+        train_task(model, tokenizer, tiny_rows(16, 1), None, OPTIONS, checkpoint_dir=taken)
+    assert_equal(weights(model), fresh, 0)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_nothing(model, tokenizer, tmp_path):

@@ -35,7 +35,8 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         save_file(tensors, partial, metadata={"surgeon": "checkpoint 1", "state": json.dumps(checkpoint.state)})
         partial.replace(path)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        if partial.is_file():
+            partial.unlink()
         raise BuildError(f"the checkpoint could not be written: {error}", where=str(folder)) from error
     for old in _ours(folder):
         if old != path:

@@ -12,16 +12,20 @@ class TrainOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    epochs: PositiveInt = Field(3, description="Passes over the rows.")
-    learning_rate: PositiveFloat = Field(1e-3, description="Highest learning rate.")
-    batch_size: PositiveInt = Field(32, description="Rows at a time.")
-    max_length: PositiveInt = Field(128, description="Tokens of a text that are kept.")
-    weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay, on every delta.")
-    warmup: float = Field(0.06, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="The learning rate after that.")
-    seed: NonNegativeInt = Field(0, description="Seed of the order of rows and of dropout.")
-    patience: PositiveInt | None = Field(None, description="Stop after so many epochs without a better accuracy.")
-    grad_clip: PositiveFloat | None = Field(1.0, description="Largest norm of the gradient.")
-    gradient_accumulation: PositiveInt = Field(1, description="Batches to a step.")
-    checkpoint_steps: PositiveInt | None = Field(None, description="Steps between checkpoints within an epoch.")
-    threads: PositiveInt | None = Field(None, description="CPU threads; as torch has them where not set.")
+    epochs: PositiveInt = Field(default=3, description="Passes over the rows.")
+    learning_rate: PositiveFloat = Field(default=1e-3, description="Highest learning rate.")
+    batch_size: PositiveInt = Field(default=32, description="Rows at a time.")
+    max_length: PositiveInt = Field(default=128, description="Tokens of a text that are kept.")
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="Decoupled weight decay, on every delta.")
+    warmup: float = Field(default=0.06, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="The learning rate after that."
+    )
+    seed: NonNegativeInt = Field(default=0, description="Seed of the order of rows and of dropout.")
+    patience: PositiveInt | None = Field(
+        default=None, description="Stop after so many epochs without a better accuracy."
+    )
+    grad_clip: PositiveFloat | None = Field(default=1.0, description="Largest norm of the gradient.")
+    gradient_accumulation: PositiveInt = Field(default=1, description="Batches to a step.")
+    checkpoint_steps: PositiveInt | None = Field(default=None, description="Steps between checkpoints within an epoch.")
+    threads: PositiveInt | None = Field(default=None, description="CPU threads; as torch has them where not set.")
