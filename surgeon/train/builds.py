@@ -14,9 +14,10 @@ from surgeon.errors import SpecError
 from surgeon.ledger import initial
 from surgeon.train.batches import load_tokenizer
 from surgeon.train.checkpoint import clear_checkpoints
-from surgeon.train.loop import ProgressCallback, TrainResult, train_task
+from surgeon.train.loop import ProgressCallback, train_task
 from surgeon.train.options import TrainOptions
 from surgeon.train.rows import hold_out, labels_of, read_rows
+from surgeon.train.run import TrainResult
 
 CHECKPOINTS = ".training"
 
