@@ -15,8 +15,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 from torch.fx.node import Argument
 
 from surgeon.anatomy import Anatomy, Site
-from surgeon.errors import InvariantError
+from surgeon.errors import CompositionError, InvariantError
 from surgeon.ledger import Delta, Fold, Init, Ledger, Trained, generator
+from surgeon.ledger import value as base_value
 from surgeon.trace import Input
 
 
@@ -40,25 +41,26 @@ class Program:
     _edges: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
     _author: tuple[str, str] = ("", "")
     _makers: dict[str, tuple[str, str]] = field(default_factory=dict)
+    _taken: dict[str, tuple[Delta, tuple[str, str]]] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
         """The FX graph."""
         return self.graph_module.graph
 
-    def current(self, value: fx.Node) -> fx.Node:
-        """What stands for `value` now, after the passes that rewrote it."""
-        while value in self._current:
-            value = self._current[value]
-        return value
+    def current(self, node: fx.Node) -> fx.Node:
+        """What stands for `node` now, after the passes that rewrote it."""
+        while node in self._current:
+            node = self._current[node]
+        return node
 
     def replaced(self, reader: fx.Node, operand: fx.Node) -> fx.Node:
         """What `reader` read before passes put `operand` in its place: the other way round of `current`."""
-        for (edge, value), result in self._edges.items():
+        for (edge, before), result in self._edges.items():
             if edge is reader and result is operand:
-                return value
-        values = [value for value, result in self._current.items() if result is operand]
-        return self.replaced(reader, values[0]) if values else operand
+                return before
+        earlier = [before for before, result in self._current.items() if result is operand]
+        return self.replaced(reader, earlier[0]) if earlier else operand
 
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer by its dotted name."""
@@ -218,12 +220,27 @@ class Program:
             self._edges[reader, operand] = result
         return result
 
-    def substitute(self, name: str, delta: Delta) -> None:
-        """Let every reader of the base's parameter `name` read `delta` of the same shape instead."""
-        for node in list(self.graph.nodes):
+    def take_over(self, site: Site, part: str, name: str) -> Delta:
+        """Make the base's parameter `name` a delta that starts at its value; every reader reads the delta instead.
+
+        Sites that share the parameter share the delta. Raises CompositionError where another pass has taken it.
+        """
+        if name in self._taken:
+            delta, author = self._taken[name]
+            if author != self._author:
+                raise CompositionError(
+                    f"'{self._author[0]}' would train {name}, which '{delta.technique}' trains already",
+                    try_="leave it out of one of the two with `where`",
+                )
+            return delta
+        base = self.tensor(name)
+        delta = self.delta(site, part, base.shape, base_value(base), default=base, dtype=base.dtype)
+        self._taken[name] = (delta, self._author)
+        for node in self.graph.nodes:
             if node.op == "get_attr" and node.target == name:
                 node.target = delta.name
                 node.meta["surgeon"] = self._author
+        return delta
 
     def _fake(self, delta: Delta) -> FakeTensor:
         """A fake of the delta whose free axes are symbols, so that no body can depend on this spec's size."""
@@ -247,10 +264,6 @@ class Program:
         if "nn_module_stack" in anchor.meta:
             node.meta["nn_module_stack"] = anchor.meta["nn_module_stack"]
         return node
-
-    def reads(self, name: str) -> bool:
-        """Some node still reads the base's parameter `name`."""
-        return any(node.op == "get_attr" and node.target == name and node.users for node in self.graph.nodes)
 
     def copy_region(self, start: fx.Node, end: fx.Node) -> fx.Node:
         """Compute once more, from `start`, what `end` is computed from it; returns the copy of `end`."""

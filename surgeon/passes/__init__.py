@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -24,6 +24,14 @@ class PassResult:
 
     program: Program
     modified: bool
+
+
+def _written_defaults(schema: dict[str, Any], technique: type[BaseModel]) -> None:
+    """Let the JSON schema show defaults as a user writes them: selectors as text."""
+    written = technique.model_construct().model_dump(mode="json")
+    for name, entry in schema.get("properties", {}).items():
+        if "default" in entry:
+            entry["default"] = written[name]
 
 
 class Pass(BaseModel, ABC):

@@ -18,8 +18,8 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from surgeon.anatomy import Join, Norm, Where, select, selectors
-from surgeon.ledger import Delta, Init, truncated_normal, value, zeros
+from surgeon.anatomy import Join, Where, select, selectors
+from surgeon.ledger import Delta, truncated_normal, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.program import Program
 
@@ -80,7 +80,7 @@ class Adapter(Pass):
     def _adapt(self, program: Program, join: Join) -> None:
         d, m = join.width, self.bottleneck
         free = "bottleneck"
-        down = program.delta(join, "down.weight", (d, m), self._init(), free={1: free})
+        down = program.delta(join, "down.weight", (d, m), truncated_normal(0.01, 0.02), free={1: free})
         down_bias = program.delta(join, "down.bias", (m,), zeros, free={0: free})
         up = program.delta(join, "up.weight", (m, d), zeros, free={0: free})
         up_bias = program.delta(join, "up.bias", (d,), zeros)
@@ -105,9 +105,6 @@ class Adapter(Pass):
         normed = program.copy_region(add, norm.output)
         program.replace(add, lambda j, z, *w: j + f(z, *w), deltas, also=(normed,), keep=set(add.users) - readers)
 
-    def _init(self) -> Init:
-        return truncated_normal(0.01, 0.02)
-
     def _mlp(self, z: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
         return ACTIVATIONS[self.activation](z @ down + down_bias) @ up + up_bias
 
@@ -119,15 +116,8 @@ class Adapter(Pass):
 
 
 def train_norms(program: Program) -> None:
-    """Make every norm's gain and bias a delta that starts at the base's value; a shared one is one delta."""
+    """Make every norm's gain and bias a delta that starts at the base's value."""
     for norm in program.anatomy.norms:
         for part, name in (("weight", norm.weight), ("bias", norm.bias)):
-            if name is not None and program.reads(name):
-                substitute_norm(program, norm, part, name)
-
-
-def substitute_norm(program: Program, norm: Norm, part: str, name: str) -> None:
-    """One gain or bias of a norm becomes a delta."""
-    base = program.tensor(name)
-    delta = program.delta(norm, part, tuple(base.shape), value(base), default=base, dtype=base.dtype)
-    program.substitute(name, delta)
+            if name is not None:
+                program.take_over(norm, part, name)

@@ -51,10 +51,8 @@ class BitFit(Pass):
             assert site.bias is not None
             if isinstance(site, Projection) and site.features is not None and not self._whole(site, biased):
                 self._train_slice(program, site, site.bias)
-            elif program.reads(site.bias):
-                base = program.tensor(site.bias)
-                delta = program.delta(site, "bias", tuple(base.shape), value(base), default=base, dtype=base.dtype)
-                program.substitute(site.bias, delta)
+            else:
+                program.take_over(site, "bias", site.bias)
         return PassResult(program, modified=True)
 
     def _sites(self, program: Program) -> tuple[Projection | Norm, ...]:

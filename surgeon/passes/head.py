@@ -11,9 +11,9 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from surgeon.anatomy import Projection, Site, Where, select, selectors
+from surgeon.anatomy import Projection, Where, select, selectors
 from surgeon.errors import SelectorError
-from surgeon.ledger import normal, value, zeros
+from surgeon.ledger import normal, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.program import Program
 
@@ -68,10 +68,5 @@ class Head(Pass):
     def _train_hidden(self, program: Program) -> None:
         for site in select(program.anatomy, selectors("head.dense"), Projection):
             for part, name in (("weight", site.weight), ("bias", site.bias)):
-                if name is not None and program.reads(name):
-                    self._substitute(program, site, part, name)
-
-    def _substitute(self, program: Program, site: Site, part: str, name: str) -> None:
-        base = program.tensor(name)
-        delta = program.delta(site, part, tuple(base.shape), value(base), default=base, dtype=base.dtype)
-        program.substitute(name, delta)
+                if name is not None:
+                    program.take_over(site, part, name)
