@@ -37,7 +37,7 @@ def _written_defaults(schema: dict[str, Any], technique: type[BaseModel]) -> Non
 class Pass(BaseModel, ABC):
     """A rewrite. `requires`, `call` and `ensures` are run in that order, and then the invariants are verified."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, json_schema_extra=_written_defaults)
 
     name: ClassVar[str]
     title: ClassVar[str]
