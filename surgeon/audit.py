@@ -1,10 +1,9 @@
-"""Checks a finished build: its files against the manifest, its tasks against the ledger, PyTorch against ONNX Runtime."""
+"""Checks a finished build: files against the manifest, tasks against the ledger, PyTorch against ONNX Runtime."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +53,7 @@ def audit(build: str | Path, *, compare: bool = True, progress: Callable[[str], 
     report("reading every file")
     with Session(build) as session:
         check_files(build, session.manifest)
-        compared = compare and find_spec("torch") is not None
+        compared = compare and _has_torch()
         differences: dict[str | None, float] = {}
         if compared:
             from surgeon.build import load
@@ -74,12 +73,21 @@ def audit(build: str | Path, *, compare: bool = True, progress: Callable[[str], 
     return found
 
 
+def _has_torch() -> bool:
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
 def difference(compiled: Compiled, session: Session, task: str | None) -> float:
     """The largest difference of PyTorch and ONNX Runtime, relative to the largest output where that is above one."""
     import torch
 
-    vocabulary = int(compiled.base.model.get_input_embeddings().num_embeddings)
-    inputs = inputs_for(session.manifest, vocabulary)
+    embeddings = compiled.base.model.get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Embedding)
+    inputs = inputs_for(session.manifest, embeddings.num_embeddings)
     model = compiled.base.model if task is None else compiled.model(task)
     training = model.training
     with torch.no_grad():

@@ -24,7 +24,7 @@ def template(names: Sequence[str], *, base: str | None = None, head: str | None 
             raise SpecError(
                 f"'{one.name}' must come after one of {', '.join(one.after)}", try_=f"{one.after[0]}+{one.name}"
             )
-    given = {"model": base or "path/to/a/model", "head": head or "sequence-classification"}
+    given: dict[str, object] = {"model": base or "path/to/a/model", "head": head or "sequence-classification"}
     lines = [
         *_comment(f"{' + '.join(one.title for one in chosen)}. `surgeon plan` shows what this inserts.", ""),
         "base:",

@@ -15,7 +15,7 @@ from types import FrameType
 from surgeon.errors import SpecError, SurgeonError
 
 EXTRAS = dict.fromkeys(
-    ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "pydantic", "yaml", "networkx"), "compile"
+    ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "yaml", "networkx"), "compile"
 ) | {"accelerate": "train"}
 """The extra that installs a package a command may need."""
 
@@ -65,7 +65,7 @@ def explained(error: Exception, args: Sequence[str]) -> SurgeonError:
     return InternalError(
         f"internal error: {type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:300]}",
         there_is="a fault of Surgeon, not of what you gave it",
-        try_=f"`surgeon --traceback {shlex.join(args)}` shows where; please report it with that to the project's issues",
+        try_=f"report it to the project's issues with what `surgeon --traceback {shlex.join(args)}` shows",
     )
 
 

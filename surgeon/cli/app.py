@@ -11,7 +11,7 @@ from surgeon.cli import building, looking, running, training, writing
 
 app = typer.Typer(
     name="surgeon",
-    help="Surgeon turns one YAML spec and a pretrained model into one ONNX model and one small weight file per task.\n\n"
+    help="Turn one YAML spec and a pretrained model into one ONNX model and one small weight file per task.\n\n"
     "A first run: `surgeon init lora -o spec.yaml`, `surgeon plan spec.yaml`, `surgeon compile spec.yaml -o build`, "
     "`surgeon train build --task sentiment --data train.csv`, `surgeon run build --task sentiment 'a fine film'`.",
     rich_markup_mode="markdown",

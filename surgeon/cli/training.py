@@ -14,15 +14,14 @@ from surgeon.cli.building import Build, Task
 from surgeon.cli.screen import Json, console, emit, note, say, steps, table
 
 if TYPE_CHECKING:
-    from surgeon.train import Progress
-
-Whole = Annotated[int | None, typer.Option(min=1)]
+    from surgeon.train import Progress as Training
 
 
 def train(
     build: Build,
     task: Task,
     data: Annotated[Path, typer.Option("--data", help="Rows to train on: .csv, .tsv or .jsonl.")],
+    *,
     validation: Annotated[Path | None, typer.Option("--validation", help="Rows to choose the best epoch by.")] = None,
     hold_out: Annotated[
         float | None, typer.Option("--hold-out", help="Validate with this share of the rows instead, as 0.1.")
@@ -113,7 +112,7 @@ def train(
 
 
 @contextmanager
-def _bar(*, silent: bool) -> Iterator[Callable[[Progress], None] | None]:
+def _bar(*, silent: bool) -> Iterator[Callable[[Training], None] | None]:
     """A bar on stderr, with epoch, loss and accuracy."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -124,7 +123,7 @@ def _bar(*, silent: bool) -> Iterator[Callable[[Progress], None] | None]:
     with Progress(*columns, console=console(stderr=True), transient=True) as shown:
         bar = shown.add_task("training", visible=False, total=1)
 
-        def progress(now: Progress) -> None:
+        def progress(now: Training) -> None:
             accuracy = "" if now.accuracy is None else f"  accuracy {now.accuracy:.3f}"
             what = f"epoch {now.epoch}/{now.epochs}  loss {now.loss:.3f}{accuracy}"
             shown.update(bar, visible=True, completed=now.step, total=now.steps, description=what)

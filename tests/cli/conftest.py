@@ -30,12 +30,8 @@ class Ran:
         return json.loads(self.out)
 
 
-Command = Callable[..., Ran]
-WriteSpec = Callable[..., Path]
-
-
 def run(*args: object, err: io.StringIO | None = None) -> Ran:
-    """Run a command as the console script does."""
+    """Run a command as the console script does; `err` may listen to its stderr."""
     out, err = io.StringIO(), err or io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([str(arg) for arg in args])
@@ -43,14 +39,31 @@ def run(*args: object, err: io.StringIO | None = None) -> Ran:
 
 
 @pytest.fixture(scope="session")
-def surgeon() -> Command:
+def surgeon() -> Callable[..., Ran]:
     """`surgeon("plan", spec)`."""
     return run
 
 
 @pytest.fixture
-def write_spec(base_folder: Path, tmp_path: Path) -> WriteSpec:
-    """Write a spec: `surgery` and `tasks` as YAML, over the tiny base unless `base` says another."""
+def refused(surgeon: Callable[..., Ran]) -> Callable[..., str]:
+    """Run a command that must fail with this exit code and say these words, and nothing on stdout; returns stderr."""
+
+    def check(code: int, words: tuple[str, ...], *args: object) -> str:
+        ran = surgeon(*args)
+        assert ran.code == code, ran.err
+        assert ran.out == ""
+        assert "Traceback" not in ran.err
+        assert "internal error" not in ran.err
+        for word in words:
+            assert word in ran.err
+        return ran.err
+
+    return check
+
+
+@pytest.fixture
+def write_spec(base_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Write a spec: each part as YAML, over the tiny base unless `base` says another."""
 
     def write(surgery: str = "[lora: {rank: 2}]", tasks: str = "{mood: {labels: [good, bad]}}", **other: str) -> Path:
         parts = {"base": f"{{model: {base_folder}}}", "surgery": surgery, "tasks": tasks, **other}
@@ -83,21 +96,25 @@ def build(built: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """Forty rows that are easy to learn."""
+    """Forty-two rows that are easy to learn."""
     words = {"good": ("good", "fine", "great"), "bad": ("bad", "poor", "dull")}
     lines = [f"the film was {word},{label}" for label, some in words.items() for word in some for _ in range(7)]
     path = tmp_path / "rows.csv"
-    path.write_text("text,label\n" + "\n".join(lines[:40]) + "\n")
+    path.write_text("\n".join(["text,label", *lines]) + "\n")
     return path
 
 
-@contextlib.contextmanager
-def untouched(*folders: Path) -> Iterator[None]:
-    """Nothing in these folders is added, changed or removed."""
+@pytest.fixture
+def unchanged() -> Callable[..., contextlib.AbstractContextManager[None]]:
+    """`with unchanged(folder)`: nothing in it is added, changed or removed."""
 
-    def look() -> dict[Path, bytes]:
-        return {p: p.read_bytes() if p.is_file() else b"" for folder in folders for p in folder.rglob("*")}
+    @contextlib.contextmanager
+    def watch(folder: Path) -> Iterator[None]:
+        def look() -> dict[str, bytes]:
+            return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
 
-    before = look()
-    yield
-    assert look() == before
+        before = look()
+        yield
+        assert look() == before
+
+    return watch
