@@ -1,4 +1,4 @@
-"""A tiny base that is no special case, traced once; surgery on it; and what makes a comparison fair."""
+"""A laboratory: tiny bases that are no special case, each traced once; surgery on them; and fair comparisons."""
 
 from __future__ import annotations
 
@@ -23,47 +23,44 @@ if TYPE_CHECKING:
 
     from surgeon.model import TaskModel
 
-ADAMW = {"lr": 1e-3, "weight_decay": 0.0}
+Tensors = Mapping[str, Tensor]
+
 NO_DROPOUT = dict.fromkeys(
-    ("dropout", "dropout_rate", "attention_dropout", "activation_dropout", "classifier_dropout", "seq_classif_dropout",
-     "hidden_dropout", "hidden_dropout_prob", "classifier_dropout_prob", "attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
+    (
+        *("dropout", "dropout_rate", "attention_dropout", "activation_dropout", "hidden_dropout", "classifier_dropout"),
+        *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob", "seq_classif_dropout"),
+        *("attn_pdrop", "embd_pdrop", "resid_pdrop"),
+    ),
     0.0,
-)  # fmt: skip
+)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """Tiny matrices: a second thread costs more than it brings."""
-    torch.set_num_threads(1)
+class Lab:
+    """What every comparison needs."""
 
+    def __init__(self, tiny: Callable[..., PreTrainedModel]) -> None:
+        self._tiny = tiny
+        self._bases: dict[str, PreTrainedModel] = {}
+        self._traces: dict[int, tuple[PreTrainedModel, fx.GraphModule]] = {}
 
-@pytest.fixture(scope="session")
-def base(tiny: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
-    """`base("bert")`: no bias of it is zero, no gain one, nothing drops out; the same object for the same request."""
-    known: dict[str, PreTrainedModel] = {}
-
-    def make(kind: str, head: str | None = None, **changes: Any) -> PreTrainedModel:
+    def base(self, kind: str, head: str | None = None, **changes: Any) -> PreTrainedModel:
+        """No bias of it is zero, no gain one, nothing drops out; the same object for the same request."""
         key = repr((kind, head, sorted(changes.items())))
-        if key not in known:
-            known[key] = tiny(kind, head, **NO_DROPOUT, **changes)
+        if key not in self._bases:
+            self._bases[key] = self._tiny(kind, head, **NO_DROPOUT, **changes)
             noise = torch.Generator().manual_seed(1)
             with torch.no_grad():
-                for parameter in known[key].parameters():
+                for parameter in self._bases[key].parameters():
                     parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise))
-        return known[key]
+        return self._bases[key]
 
-    return make
-
-
-@pytest.fixture(scope="session")
-def operate() -> Callable[..., Compiled]:
-    """`operate(model, {"lora": {"rank": 4}}, tasks={"a": {}})`: `surgeon.compile`, with one trace a model."""
-    traces: dict[int, tuple[PreTrainedModel, fx.GraphModule]] = {}
-
-    def make(model: PreTrainedModel, *surgery: Mapping[str, Any], tasks: Mapping[str, Any] | None = None) -> Compiled:
-        if id(model) not in traces:
-            traces[id(model)] = model, trace(model)
-        graph_module = twin(traces[id(model)][1])
+    def operate(
+        self, model: PreTrainedModel, *surgery: Mapping[str, Any], tasks: Mapping[str, Any] | None = None
+    ) -> Compiled:
+        """`surgeon.compile`, but a model is traced once only: most of the time goes there."""
+        if id(model) not in self._traces:
+            self._traces[id(model)] = model, trace(model)
+        graph_module = _twin(self._traces[id(model)][1])
         spec = read_spec({"surgery": list(surgery), "tasks": tasks or {"a": {}}})
         opened = open_base(model)
         program = Program(
@@ -76,44 +73,26 @@ def operate() -> Callable[..., Compiled]:
         )
         return Compiled(spec, opened, run_passes(program, list(passes(spec))))
 
-    return make
+    @staticmethod
+    def apart(model: PreTrainedModel) -> PreTrainedModel:
+        """A copy of a base of which everything is trained, for an oracle to change."""
+        return copy.deepcopy(model).requires_grad_(True).eval()
 
-
-def twin(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Another graph over the same tensors."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(graph_module.graph, {}))
-    graph._codegen = graph_module.graph._codegen
-    return fx.GraphModule(graph_module, graph)
-
-
-@pytest.fixture(scope="session")
-def apart() -> Callable[[PreTrainedModel], PreTrainedModel]:
-    """A copy of a base of which everything is trained, for an oracle to change."""
-    return lambda model: copy.deepcopy(model).requires_grad_(True).eval()
-
-
-@pytest.fixture(scope="session")
-def move() -> Callable[..., None]:
-    """Move trained tensors off their birth values, where most techniques are the base and test nothing."""
-
-    def moved(model: TaskModel, by: float = 0.2, seed: int = 5) -> None:
+    @staticmethod
+    def move(model: TaskModel, by: float = 0.2, seed: int = 5) -> TaskModel:
+        """Move trained tensors off their birth values, where most techniques are the base and test nothing."""
         noise = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name in model.state_dict():
                 parameter = model.get_parameter(name)
                 parameter.add_(by * torch.randn(parameter.shape, generator=noise))
+        return model
 
-    return moved
-
-
-@pytest.fixture(scope="session")
-def feed() -> Callable[..., dict[str, Tensor]]:
-    """`feed(model, 3, 11, pad=4)`: ids, and a mask that hides the end (or with `side` the start) of the first row."""
-
-    def make(
+    @staticmethod
+    def feed(
         model: PreTrainedModel, batch: int, length: int, *, pad: int = 0, side: str = "right", seed: int = 0
     ) -> dict[str, Tensor]:
+        """Ids, and a mask that hides the end (or the start) of the first row."""
         draw = torch.Generator().manual_seed(seed)
         ids = torch.randint(3, 100, (batch, length), generator=draw)
         mask = torch.ones_like(ids)
@@ -124,46 +103,49 @@ def feed() -> Callable[..., dict[str, Tensor]]:
             fed["decoder_input_ids"] = torch.randint(3, 100, (batch, max(length - 3, 1)), generator=draw)
         return fed
 
-    return make
-
-
-@pytest.fixture(scope="session")
-def labels_for() -> Callable[..., Tensor]:
-    """Labels of a batch: classes for a classifier, the text itself for a language model."""
-
-    def make(model: Any, fed: Mapping[str, Tensor], classes: int = 2) -> Tensor:
+    def batch(self, model: PreTrainedModel, step: int = 0) -> dict[str, Tensor]:
+        """A padded batch with labels, another one every step: classes for a classifier, the text for the rest."""
+        fed = self.feed(model, 3, 9, pad=2, seed=step)
         text = fed.get("decoder_input_ids", fed["input_ids"])
-        if "Classification" in type(model).__name__ or getattr(model, "head", "") == "sequence-classification":
-            return torch.arange(len(text)) % classes
-        return text
+        classifies = type(model).__name__.endswith("ForSequenceClassification")
+        return {**fed, "labels": torch.arange(3) % model.config.num_labels if classifies else text}
 
-    return make
+    @staticmethod
+    def gap(found: Tensor | Tensors, wanted: Tensor | Tensors) -> float:
+        """The largest difference relative to the largest value wanted, of one tensor or of all that belong together."""
+        if isinstance(found, Tensor):
+            found = {"": found}
+        if isinstance(wanted, Tensor):
+            wanted = {"": wanted}
+        assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in wanted.items()}
+        difference = max(float((found[n] - t).detach().abs().max()) for n, t in wanted.items())
+        return difference / max(float(t.detach().abs().max()) for t in wanted.values())
 
-
-@pytest.fixture(scope="session")
-def gap() -> Callable[..., float]:
-    """The largest difference relative to the largest value wanted, of one tensor or of all that belong together."""
-
-    def relative(found: Tensor | Mapping[str, Tensor], wanted: Tensor | Mapping[str, Tensor]) -> float:
-        pairs = {"": (found, wanted)} if isinstance(wanted, Tensor) else {n: (found[n], wanted[n]) for n in wanted}
-        assert all(mine.shape == other.shape for mine, other in pairs.values())
-        differences = [float((mine - other).detach().abs().max()) for mine, other in pairs.values()]
-        return max(differences) / max(float(other.detach().abs().max()) for _, other in pairs.values())
-
-    return relative
-
-
-@pytest.fixture(scope="session")
-def train() -> Callable[..., None]:
-    """Steps of AdamW on batches drawn by a counter, the same for whoever is trained."""
-
-    def steps(
-        model: nn.Module, batch: Callable[[int], Mapping[str, Any]], parameters: Iterable[Tensor], count: int
-    ) -> None:
-        optimizer = torch.optim.AdamW(list(parameters), **ADAMW)
-        for step in range(count):
+    def train(self, model: nn.Module, of: PreTrainedModel, parameters: Iterable[Tensor], steps: int = 20) -> None:
+        """Steps of AdamW over the batches of the base `of`, the same for whoever is trained."""
+        optimizer = torch.optim.AdamW(list(parameters), lr=1e-3, weight_decay=0.0)
+        model.train()
+        for step in range(steps):
             optimizer.zero_grad()
-            model(**batch(step)).loss.backward()
+            model(**self.batch(of, step)).loss.backward()
             optimizer.step()
 
-    return steps
+    @staticmethod
+    def own(model: TaskModel) -> dict[str, nn.Parameter]:
+        """The trained tensors of a task, themselves."""
+        return {name: model.get_parameter(name) for name in model.state_dict()}
+
+
+def _twin(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Another graph over the same tensors."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    graph._codegen = graph_module.graph._codegen
+    return fx.GraphModule(graph_module, graph)
+
+
+@pytest.fixture(scope="session")
+def lab(tiny: Callable[..., PreTrainedModel]) -> Lab:
+    """One laboratory, so that no base is traced twice."""
+    torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it brings
+    return Lab(tiny)

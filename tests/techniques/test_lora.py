@@ -49,13 +49,13 @@ def by_our_names(wrapped, read=lambda p: p.detach()):
 
 
 @pytest.fixture
-def pair(base, operate, apart):
+def pair(lab):
     """Ours and PEFT's with the same weights."""
 
     def make(kind, where, targets, ours=None, **theirs):
-        model = base(kind)
-        wrapped = peer(apart(model), targets, **{"r": 4, "lora_alpha": 6, **theirs})
-        ours = operate(model, {"lora": {"rank": 4, "alpha": 6, "where": where, **(ours or {})}}).model("a")
+        model = lab.base(kind)
+        wrapped = peer(lab.apart(model), targets, **{"r": 4, "lora_alpha": 6, **theirs})
+        ours = lab.operate(model, {"lora": {"rank": 4, "alpha": 6, "where": where, **(ours or {})}}).model("a")
         ours.load_state_dict(by_our_names(wrapped))
         return ours.eval(), wrapped
 
@@ -74,77 +74,68 @@ def both_answer(ours, theirs, fed):
 
 
 @pytest.mark.parametrize("anatomy", PEERS)
-def test_lora_equals_peft_with_copied_weights(anatomy, pair, base, feed, labels_for, gap):
+def test_lora_equals_peft_with_copied_weights(anatomy, pair, lab):
     kind, where, targets = PEERS[anatomy]
+    model = lab.base(kind)
     ours, theirs = pair(kind, where, targets)
-    fed = feed(base(kind), 3, 11, pad=4)
     for training in (False, True):
-        fed["labels"] = labels_for(base(kind), fed)
+        fed = lab.batch(model)
         (found, grads), (wanted, peft_grads) = both_answer(ours.train(training), theirs.train(training), fed)
-        print(anatomy, training, gap(found.logits, wanted.logits), gap(grads, peft_grads))
-        assert gap(base(kind)(**fed).logits, wanted.logits) > 1e-3
-        assert gap(found.logits, wanted.logits) <= 1e-6
-        assert gap(grads, peft_grads) <= 1e-6
+        assert lab.gap(model(**fed).logits, wanted.logits) > 1e-3
+        assert lab.gap(found.logits, wanted.logits) <= 1e-6
+        assert lab.gap(grads, peft_grads) <= 1e-6
 
 
 @pytest.mark.parametrize("anatomy", ["post_norm", "pre_norm", "weights_in_first", "encoder_decoder"])
-def test_twenty_steps_of_training_end_where_pefts_do(anatomy, pair, base, feed, labels_for, gap, train):
+def test_twenty_steps_of_training_end_where_pefts_do(anatomy, pair, lab):
     kind, where, targets = PEERS[anatomy]
     ours, theirs = pair(kind, where, targets)
-
-    def batch(step):
-        fed = feed(base(kind), 3, 9, pad=2, seed=step)
-        return {**fed, "labels": labels_for(base(kind), fed)}
-
     start = by_our_names(theirs, lambda p: p.detach().clone())
     for model in (ours, theirs):
-        train(model.train(), batch, [p for p in model.parameters() if p.requires_grad], 20)
-    end = by_our_names(theirs)
-    print(anatomy, gap(ours.state_dict(), end))
-    assert gap(start, end) > 1e-2
-    assert gap(ours.state_dict(), end) <= 1e-5
+        lab.train(model, lab.base(kind), [p for p in model.parameters() if p.requires_grad])
+    assert lab.gap(start, by_our_names(theirs)) > 1e-2
+    assert lab.gap(ours.state_dict(), by_our_names(theirs)) <= 1e-5
 
 
 @pytest.mark.parametrize("anatomy", ["post_norm", "weights_in_first"])
-def test_in_double_precision_nothing_is_left_of_the_difference(anatomy, base, operate, apart, feed, labels_for, gap):
+def test_in_double_precision_nothing_is_left_of_the_difference(anatomy, lab):
+    """So what single precision shows is rounding. (RMS norms of transformers compute in single precision always.)"""
     kind, where, targets = PEERS[anatomy]
-    model = apart(base(kind)).double()
-    theirs = peer(apart(model), targets, r=4, lora_alpha=6)
-    ours = operate(model, {"lora": {"rank": 4, "alpha": 6, "where": where}}).model("a")
+    model = lab.apart(lab.base(kind)).double()
+    theirs = peer(lab.apart(model), targets, r=4, lora_alpha=6)
+    ours = lab.operate(model, {"lora": {"rank": 4, "alpha": 6, "where": where}}).model("a")
     ours.load_state_dict(by_our_names(theirs))
-    fed = feed(model, 3, 11, pad=4)
-    fed["labels"] = labels_for(model, fed)
-    (found, grads), (wanted, peft_grads) = both_answer(ours, theirs, fed)
-    assert gap(found.logits, wanted.logits) <= 1e-13
+    (found, grads), (wanted, peft_grads) = both_answer(ours, theirs, lab.batch(model))
+    assert lab.gap(found.logits, wanted.logits) <= 1e-13
     for name, grad in peft_grads.items():
-        assert gap(grads[name], grad) <= 1e-11
+        assert lab.gap(grads[name], grad) <= 1e-11
 
 
-def test_rank_stabilised_scale_is_pefts(pair, base, feed, gap):
+def test_rank_stabilised_scale_is_pefts(pair, lab):
     ours, theirs = pair("bert", QV, ["query", "value"], {"rslora": True}, use_rslora=True)
-    fed = feed(base("bert"), 2, 7)
-    assert gap(ours(**fed).logits, theirs(**fed).logits) <= 1e-6
+    fed = lab.feed(lab.base("bert"), 2, 7)
+    assert lab.gap(ours(**fed).logits, theirs(**fed).logits) <= 1e-6
 
 
-def test_ranks_of_single_layers_are_pefts_rank_pattern(pair, base, feed, gap):
+def test_ranks_of_single_layers_are_pefts_rank_pattern(pair, lab):
     pattern = {"layer.1.attention.self.query": 2, "layer.0.attention.self.value": 1}
     ranks = {"attention.query@1": 2, "attention.value@0": 1}
     ours, theirs = pair("bert", QV, ["query", "value"], {"ranks": ranks}, rank_pattern=pattern)
     assert ours.get_parameter("bert.encoder.layer.1.attention.self.query.lora_A").shape == (32, 2)
-    fed = feed(base("bert"), 2, 7)
-    assert gap(ours(**fed).logits, theirs(**fed).logits) <= 1e-6
+    fed = lab.feed(lab.base("bert"), 2, 7)
+    assert lab.gap(ours(**fed).logits, theirs(**fed).logits) <= 1e-6
 
 
-def test_dropout_is_on_the_input_of_the_product_alone(pair, base, feed, gap):
+def test_dropout_is_on_the_input_of_the_product_alone(pair, lab):
     """The base has none here, so with the same seed both draw the same masks, in the same order."""
     ours, theirs = pair("llama", QV, ["q_proj", "v_proj"], {"dropout": 0.5}, lora_dropout=0.5)
-    fed = feed(base("llama"), 2, 7)
+    fed = lab.feed(lab.base("llama"), 2, 7)
     answers = []
     for model in (ours.train(), theirs.train()):
         torch.manual_seed(11)
         answers.append(model(**fed).logits)
-    assert gap(*answers) <= 1e-6
-    assert gap(ours.eval()(**fed).logits, answers[0]) > 1e-2
+    assert lab.gap(*answers) <= 1e-6
+    assert lab.gap(ours.eval()(**fed).logits, answers[0]) > 1e-2
 
 
 def beside(linear, width, products):
@@ -160,17 +151,17 @@ def beside(linear, width, products):
 
 
 @pytest.mark.parametrize("sides", [("query",), ("query", "key", "value")])
-def test_each_role_of_a_fused_projection_gets_a_product_of_its_own(sides, base, operate, apart, move, feed, gap):
+def test_each_role_of_a_fused_projection_gets_a_product_of_its_own(sides, lab):
     """As in the authors' `MergedLinear`. PEFT gives the fused projection one A and adapts all of it."""
-    model = base("gpt2")
+    model = lab.base("gpt2")
     where = [f"attention.{side}" for side in sides]
-    ours = operate(model, {"lora": {"rank": 3, "alpha": 5, "where": where}}).model("a")
-    move(ours)
-    weights, theirs = ours.state_dict(), apart(model)
+    ours = lab.operate(model, {"lora": {"rank": 3, "alpha": 5, "where": where}}).model("a")
+    lab.move(ours)
+    weights, theirs = ours.state_dict(), lab.apart(model)
     for i, block in enumerate(theirs.transformer.h):
         own = {side: [weights[f"transformer.h.{i}.attn.c_attn.{side}.lora_{x}"] for x in "AB"] for side in sides}
         beside(block.attn.c_attn, 96, [(32 * column, a, b, 5 / 3) for column, (a, b) in enumerate(own.values())])
     assert {tuple(t.shape) for t in weights.values()} == {(32, 3), (3, 32)}
-    fed = feed(model, 3, 9, pad=2)
-    assert gap(model(**fed).logits, theirs(**fed).logits) > 1e-2
-    assert gap(ours(**fed).logits, theirs(**fed).logits) <= 1e-6
+    fed = lab.feed(model, 3, 9, pad=2)
+    assert lab.gap(model(**fed).logits, theirs(**fed).logits) > 1e-2
+    assert lab.gap(ours(**fed).logits, theirs(**fed).logits) <= 1e-6

@@ -1,0 +1,158 @@
+"""Prefixes are PEFT's where it is right, the base's own cache where it takes one, and attention by hand elsewhere."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import eager_mask
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from peft import PrefixTuningConfig, get_peft_model
+
+N = 5
+PREFIX = {"prefix": {"length": N, "std": 1.0}}
+
+
+def stacked(prefixes):
+    """Our tensors in PEFT's flat form `[n, 2·layers·heads·d]`: slot 2i is layer i's key, slot 2i + 1 its value."""
+    return torch.stack(list(prefixes.values())).permute(2, 0, 1, 3).flatten(1)
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT's own call
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+def test_a_decoders_prefix_equals_pefts(kind, lab):
+    model = lab.base(kind)
+    ours = lab.operate(model, PREFIX).model("a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N)
+        theirs = get_peft_model(lab.apart(model), config).eval()
+    embedding = theirs.prompt_encoder["default"].embedding.weight
+    with torch.no_grad():
+        embedding.copy_(stacked(ours.state_dict()))
+    fed = lab.batch(model)
+    found, wanted = ours(**fed), theirs(**fed)
+    assert lab.gap(model(**fed).logits, wanted.logits) > 1e-2
+    assert lab.gap(found.logits, wanted.logits) <= 1e-6
+    found.loss.backward()
+    wanted.loss.backward()
+    assert lab.gap(stacked({n: p.grad for n, p in lab.own(ours).items()}), embedding.grad) <= 1e-6
+    lab.train(ours, model, lab.own(ours).values())
+    lab.train(theirs, model, [embedding])
+    assert lab.gap(stacked(ours.state_dict()), embedding) <= 1e-5
+
+
+def test_an_encoders_prefix_is_what_its_own_cache_would_hold(lab):
+    """PEFT refuses classifiers; the backbone takes a cache, and the head is applied by hand."""
+    model = lab.base("bert")
+    ours = lab.operate(model, PREFIX).model("a")
+    tensors = list(ours.state_dict().values())
+    for side in ("right", "left"):
+        fed = lab.feed(model, 3, 9, pad=3, side=side)
+        pairs = [
+            (k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1)) for k, v in zip(tensors[::2], tensors[1::2], strict=True)
+        ]
+        mask = torch.cat([torch.ones(3, N, dtype=torch.int64), fed["attention_mask"]], 1)
+        pooled = model.bert(input_ids=fed["input_ids"], attention_mask=mask, cache=DynamicCache(pairs)).pooler_output
+        assert lab.gap(ours(**fed).logits, model.classifier(pooled)) <= 1e-6
+
+
+def attend(module, query, key, value, mask, prefixes, scaling=None, position_bias=None, **_):  # noqa: PLR0917
+    """softmax(q·[P_k; k]ᵀ + [0, mask + bias])·[P_v; v], in as many words."""
+    p_key, p_value = (
+        p.repeat_interleave(query.shape[1] // p.shape[0], 0).expand(len(query), -1, -1, -1) for p in prefixes[module]
+    )
+    repeat = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(repeat, 1) for t in (key, value))
+    scores = query @ torch.cat([p_key, key], 2).mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    bias = sum(b for b in (mask, position_bias) if b is not None)
+    scores = torch.cat([scores[..., :N], scores[..., N:] + bias], -1)
+    return (scores.softmax(-1) @ torch.cat([p_value, value], 2)).transpose(1, 2), None
+
+
+@pytest.fixture
+def by_hand(lab):
+    """A copy of a base whose attention is written above, with the prefixes of `ours`."""
+
+    def make(model, ours):
+        theirs = lab.apart(model)
+        own = ours.state_dict(keep_vars=True)
+        prefixes = {
+            theirs.get_submodule(name.removesuffix(".prefix.key")): (own[name], own[name.replace(".key", ".value")])
+            for name in own
+            if name.endswith(".prefix.key")
+        }
+        AttentionInterface.register("by_hand", partial(attend, prefixes=prefixes))
+        AttentionMaskInterface.register("by_hand", eager_mask)
+        theirs.set_attn_implementation("by_hand")
+        return theirs
+
+    return make
+
+
+def test_an_encoder_decoder_has_prefixes_in_encoder_decoder_and_cross_attention(by_hand, lab):
+    """T5: no positions to shift, and its relative bias is zero over a prefix."""
+    model = lab.base("t5")
+    ours = lab.operate(model, PREFIX).model("a")
+    theirs = by_hand(model, ours)
+    assert len(ours.state_dict()) == 2 * (2 + 2 + 2)
+    fed = lab.feed(model, 3, 11, pad=4)
+    assert lab.gap(model(**fed).logits, theirs(**fed).logits) > 1e-2
+    assert lab.gap(ours(**fed).logits, theirs(**fed).logits) <= 1e-6
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_learned_positions_move_up_by_the_prefix_where_the_spec_says_so(shift, by_hand, lab):
+    model = lab.base("bart")
+    ours = lab.operate(model, {"prefix": {**PREFIX["prefix"], "shift": shift}}).model("a")
+    theirs = by_hand(model, ours)
+    for stack in (theirs.model.encoder, theirs.model.decoder):
+        stack.embed_positions.offset += N if shift else 0
+    fed = lab.feed(model, 3, 11, pad=4)
+    assert lab.gap(model(**fed).logits, theirs(**fed).logits) > 1e-2
+    assert lab.gap(ours(**fed).logits, theirs(**fed).logits) <= 1e-6
+
+
+def test_gradients_of_an_encoder_decoders_prefixes_are_those_of_attention_by_hand(by_hand, lab):
+    model = lab.base("t5")
+    ours = lab.operate(model, PREFIX).model("a")
+    fed = lab.feed(model, 3, 11, pad=4)
+    fed["labels"] = fed["decoder_input_ids"]
+    grads = []
+    for peer in (ours, by_hand(model, ours)):  # both hold the same tensors
+        ours.zero_grad()
+        peer(**fed).loss.backward()
+        grads.append({name: ours.get_parameter(name).grad.clone() for name in ours.state_dict()})
+    assert lab.gap(*grads) <= 1e-6
+
+
+def test_the_mlp_of_the_reparametrisation_folds_away(lab):
+    """P = MLP(P'), as the authors' code has it: one row of P holds key and value of layer 0, of layer 1, …"""
+    model = lab.base("llama")
+    ours = lab.operate(model, {"prefix": {"length": N, "hidden": 7}}).model("a")
+    t = {name.rpartition("prefix.")[2]: tensor for name, tensor in ours.state_dict().items()}
+    assert t["embedding"].shape == (N, 16)  # two kv heads of 8
+    assert t["up.weight"].shape == (7, 2 * 2 * 16)
+    rows = torch.tanh(t["embedding"] @ t["down.weight"] + t["down.bias"]) @ t["up.weight"] + t["up.bias"]
+    deployed = ours.deployed()
+    assert lab.gap(stacked(deployed), rows) <= 1e-7
+    flat = lab.operate(model, PREFIX).model("a")
+    flat.load_state_dict(deployed)
+    fed = lab.feed(model, 2, 7)
+    assert torch.equal(flat(**fed).logits, ours(**fed).logits)
+    ours(**fed, labels=fed["input_ids"]).loss.backward()
+    assert all(ours.get_parameter(name).grad.abs().max() > 0 for name in ours.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "t5", "bart", "albert"])
+def test_a_prefix_of_no_tokens_is_the_base_exactly(kind, lab):
+    model = lab.base(kind)
+    ours = lab.operate(model, PREFIX).model("a")
+    ours.load_state_dict({name: tensor[:, :0] for name, tensor in ours.state_dict().items()})
+    fed = lab.feed(model, 3, 9, pad=2)
+    assert torch.equal(ours(**fed).logits, model(**fed).logits)
