@@ -265,6 +265,11 @@ class Program:
             node.meta["nn_module_stack"] = anchor.meta["nn_module_stack"]
         return node
 
+    def readers(self, value: fx.Node, target: fx.Node) -> list[fx.Node]:
+        """Those who read `value` on the way to `target`."""
+        way = ancestors(target)
+        return [user for user in self.current(value).users if user in way]
+
     def copy_region(self, start: fx.Node, end: fx.Node) -> fx.Node:
         """Compute once more, from `start`, what `end` is computed from it; returns the copy of `end`."""
         region = descendants(start) & ancestors(end)
