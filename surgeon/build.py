@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from surgeon.base import load_base
+from surgeon.base.loading import quiet
 from surgeon.compiler import Compiled, Progress, compile
 from surgeon.errors import BuildError, DeltaError
 from surgeon.exporters.cache import export_cached
@@ -24,11 +26,13 @@ from surgeon.model import TaskModel
 from surgeon.runtime.manifest import FORMAT, MANIFEST, hash_file, read_manifest, seal
 from surgeon.runtime.manifest import Task as TaskEntry
 from surgeon.runtime.taskfile import write_adapter
-from surgeon.spec import read_spec
+from surgeon.spec import BaseSpec, HeadName, read_spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+BASE = "base"
+"""Folder of a build made from a model in hand, which no path could find again."""
 TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
 
 
@@ -74,9 +78,13 @@ def write_build(compiled: Compiled, out: Path, report: Progress) -> Path:
         (folder / "graph.txt").write_text(graph_text(compiled.program), encoding="utf-8")
         if compiled.base.tokenizer_path is not None:
             shutil.copyfile(compiled.base.tokenizer_path, folder / "tokenizer.json")
-        files = sorted(p for p in folder.iterdir() if p.is_file())
+        if compiled.spec.base is None:
+            report("writing the base in hand")
+            with quiet():
+                compiled.base.model.save_pretrained(folder / BASE)
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
         document = _document(compiled, facts) | {
-            "files": {p.name: {"sha256": hash_file(p), "bytes": p.stat().st_size} for p in files},
+            "files": {str(p.relative_to(folder)): {"sha256": hash_file(p), "bytes": p.stat().st_size} for p in files},
             "tasks": {},
         }
         for task in compiled.tasks:
@@ -112,8 +120,8 @@ def pack_weights(build: str | Path, task: str, weights: str | Path, *, progress:
     Raises DeltaError for tensors that do not fit or another base; the build is then as it was.
     """
     build, weights = Path(build), Path(weights)
+    tensors = read_weights(weights, read_manifest(build).base.fingerprint)
     compiled = load(build, progress=progress)
-    tensors = read_weights(weights, compiled.base.fingerprint)
     try:
         compiled.model(task).load_state_dict(tensors)
     except DeltaError as error:
@@ -133,11 +141,7 @@ def load(build: str | Path, base: PreTrainedModel | None = None, *, progress: Pr
     manifest = read_manifest(build)
     spec = read_spec(build / "spec.yaml")
     if base is None and spec.base is None:
-        raise BuildError(
-            "the build was made from a model in hand, so its base cannot be found again",
-            where=str(build),
-            try_="surgeon.load(build, base=model)",
-        )
+        base = load_base(BaseSpec(model=str(build / BASE), head=cast(HeadName, manifest.base.head)), seed=spec.seed)
     compiled = compile(spec, base, progress=progress)
     if compiled.base.fingerprint != manifest.base.fingerprint:
         raise DeltaError(
