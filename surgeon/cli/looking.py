@@ -63,16 +63,24 @@ def _shape(row: dict[str, Any]) -> str:
 def plan(
     spec: Annotated[Path, typer.Argument(help="The spec.")],
     rows: Annotated[bool, typer.Option("--rows", help="Show every tensor of its own.")] = False,
+    drawn: Annotated[
+        Path | None, typer.Option("--picture", help="Draw one layer before and after surgery into this .svg file.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Show what a spec would insert: sites, trained parameters and bytes. Nothing is written.
+    """Show what a spec would insert: sites, trained parameters and bytes. Nothing is written but a picture asked for.
 
     Sizes are those of one task with as many labels as the base's head has. Example: `surgeon plan spec.yaml`
     """
     from surgeon.compiler import compile
 
     with steps(silent=json) as progress:
-        found = compile(spec, weights=False, progress=progress).plan
+        compiled = compile(spec, weights=False, progress=progress)
+    found = compiled.plan
+    if drawn is not None:
+        from surgeon.picture import picture
+
+        drawn.write_text(picture(compiled.program), encoding="utf-8")
     if json:
         emit(found.to_dict())
         return
