@@ -59,8 +59,15 @@ class Compiled:
                 self.base.head,
                 labels=self.spec.tasks[task].labels,
                 seed=f"{self.spec.seed}/{task}",
+                kept=self._kept(task),
             )
         return self._models[task]
+
+    def _kept(self, task: str) -> frozenset[str]:
+        """A task without labels keeps the base's own head, unless the spec trains one for all."""
+        if self.spec.tasks[task].labels is not None or any(step.name == "head" for step in self.spec.steps):
+            return frozenset()
+        return frozenset(name for name, d in self.program.ledger.deltas.items() if d.technique == "head")
 
     @property
     def plan(self) -> Plan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,7 @@ from torch.func import functional_call
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from surgeon.errors import DeltaError, shorten
-from surgeon.ledger import Ledger, initial
+from surgeon.ledger import Ledger, Start, initial
 from surgeon.trace import Input
 
 LOSSES = {
@@ -46,7 +46,9 @@ class TaskModel(nn.Module):
         *,
         labels: Sequence[str] | int | None,
         seed: str,
+        kept: Collection[str] = (),
     ) -> None:
+        """`kept` names deltas that stay as the base has them: of its own head, in a task that brings none."""
         super().__init__()
         self.ledger = ledger
         self.inputs = inputs
@@ -62,10 +64,16 @@ class TaskModel(nn.Module):
             parameter.requires_grad_(False)
         for name in ledger.deltas:
             self._own(name, None)
-        sizes = {} if labels is None else {"labels": labels if isinstance(labels, int) else len(labels)}
+        self._sizes = {} if labels is None else {"labels": labels if isinstance(labels, int) else len(labels)}
         device = next(self.parameters()).device
-        for name, tensor in initial(ledger, seed, sizes).items():
-            self._own(name, nn.Parameter(tensor.to(device)))
+        for name, tensor in initial(ledger, seed, self._sizes).items():
+            if name in kept:
+                default = ledger.deltas[name].default.to(device)
+                self._own(name, nn.Parameter(default, requires_grad=False))
+            else:
+                self._own(name, nn.Parameter(tensor.to(device)))
+        self._trained = {n: start for n, start in ledger.parameters(self._sizes).items() if n not in kept}
+        self._kept = frozenset(kept)
         self._replaced = [n for n in ledger.deltas if any(n in fold.outputs for fold in ledger.folds)]
 
     def _own(self, name: str, parameter: nn.Parameter | None) -> None:
@@ -137,17 +145,18 @@ class TaskModel(nn.Module):
 
     def deployed(self) -> dict[str, Tensor]:
         """The task's tensors in the form the graph reads: folded, differentiable."""
-        return self.ledger.deploy(self.state_dict(keep_vars=True))
+        every = dict(self.named_parameters())
+        deployed = self.ledger.deploy({name: every[name] for name in self.ledger.parameters()})
+        return {name: tensor for name, tensor in deployed.items() if name not in self._kept}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The task's trained tensors only."""
         prefix = kwargs.get("prefix", "")
-        own = set(self.ledger.parameters())
-        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k[len(prefix) :] in own}
+        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k[len(prefix) :] in self._trained}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take trained tensors; free sizes may differ. Raises DeltaError where names or shapes do not fit."""
-        check_trained(self.ledger, state_dict)
+        check_trained(self.ledger, self._trained, state_dict, self._sizes)
         present = dict(self.named_parameters())
         for name, tensor in state_dict.items():
             own = present[name]
@@ -160,9 +169,13 @@ class TaskModel(nn.Module):
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
 
-def check_trained(ledger: Ledger, tensors: Mapping[str, Tensor]) -> None:
-    """Raise DeltaError unless `tensors` are exactly the trained tensors, of fitting shapes and finite."""
-    wanted = ledger.parameters()
+def check_trained(
+    ledger: Ledger, wanted: Mapping[str, Start], tensors: Mapping[str, Tensor], sizes: Mapping[str, int]
+) -> None:
+    """Raise DeltaError unless `tensors` are exactly those wanted, finite and of fitting shapes.
+
+    Free axes of one symbol must be of one size, and of the one that `sizes` gives it.
+    """
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing or extra:
         raise DeltaError(
@@ -170,21 +183,23 @@ def check_trained(ledger: Ledger, tensors: Mapping[str, Tensor]) -> None:
             there_is=f"missing: {shorten(missing) or 'none'}; unexpected: {shorten(extra) or 'none'}",
             try_="compile the spec these weights were trained with",
         )
-    for name, (shape, _, _) in wanted.items():
+    known = dict(sizes)
+    for name, start in wanted.items():
         tensor = tensors[name]
         free = ledger.deltas[name].free if name in ledger.deltas else {}
-        fits = tensor.dim() == len(shape) and all(
-            axis in free or got == size for axis, (got, size) in enumerate(zip(tensor.shape, shape, strict=True))
+        fits = tensor.dim() == len(start.shape) and all(
+            got == (known.setdefault(free[axis], got) if axis in free else size)
+            for axis, (got, size) in enumerate(zip(tensor.shape, start.shape, strict=True))
         )
         if not fits:
-            raise DeltaError(f"{name} has shape {list(tensor.shape)}, expected {_shape(shape, free)}")
+            raise DeltaError(f"{name} has shape {list(tensor.shape)}, expected {_shape(start.shape, free, known)}")
         if not torch.isfinite(tensor).all():
             bad = (~torch.isfinite(tensor)).sum().item()
             raise DeltaError(f"NaN or infinity in {name} ({bad} of {tensor.numel()} values)")
 
 
-def _shape(shape: tuple[int, ...], free: Mapping[int, str]) -> str:
-    return "[" + ", ".join("any" if a in free else str(s) for a, s in enumerate(shape)) + "]"
+def _shape(shape: tuple[int, ...], free: Mapping[int, str], known: Mapping[str, int]) -> str:
+    return f"[{', '.join(str(known.get(free[a], 'any') if a in free else s) for a, s in enumerate(shape))}]"
 
 
 def task_config(config: Any, labels: Sequence[str] | int | None) -> Any:

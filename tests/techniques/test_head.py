@@ -44,6 +44,18 @@ def test_without_labels_and_head_the_bases_own_head_answers(lab):
     assert torch.equal(ours(**fed).logits, model(**fed).logits)
 
 
+def test_beside_a_task_with_labels_one_without_keeps_the_bases_head(lab):
+    model = lab.base("bert", num_labels=3)
+    compiled = lab.operate(model, {"lora": {"rank": 2}}, tasks={"own": {"labels": 5}, "bases": {}})
+    ours = compiled.model("bases")
+    fed = {**lab.feed(model, 3, 7), "labels": torch.tensor([2, 0, 1])}
+    assert torch.equal(ours(**fed).logits, model(**fed).logits)
+    assert not {"classifier.head.weight", "classifier.head.bias"} & {*ours.state_dict(), *ours.deployed()}
+    assert {n for n, p in ours.named_parameters() if p.requires_grad} == set(ours.state_dict())
+    ours(**fed).loss.backward()
+    ours.load_state_dict(ours.state_dict())
+
+
 def test_a_head_in_the_spec_and_a_task_without_labels_train_one_of_the_bases_size(lab):
     model = lab.base("bert", num_labels=3)
     ours = lab.operate(model, {"head": {}}).model("a")
