@@ -92,8 +92,7 @@ class Ledger:
         taken = self.deltas.get(entry.name) or self.trained.get(entry.name)
         if taken:
             raise CompositionError(
-                f"two passes make the same tensor '{entry.name}'",
-                where=f"'{entry.technique}' after '{taken.technique}'",
+                f"'{entry.technique}' makes a tensor that '{taken.technique}' before it has made: {entry.name}",
                 try_="leave one of the two out, or give them different sites with `where`",
             )
         if isinstance(entry, Delta):
@@ -139,6 +138,11 @@ def symbols(deltas: Iterable[Delta]) -> dict[str, int]:
 def zeros(shape: tuple[int, ...], _: torch.Generator) -> Tensor:
     """All zeros."""
     return torch.zeros(shape)
+
+
+def ones(shape: tuple[int, ...], _: torch.Generator) -> Tensor:
+    """All ones."""
+    return torch.ones(shape)
 
 
 def normal(std: float) -> Init:

@@ -141,7 +141,7 @@ class TaskModel(nn.Module):
             return loss(output.start_logits, output.end_logits, **labels)
         if self.head in ("sequence-classification", "token-classification"):
             return loss(labels["labels"], output.logits, config=self.config)
-        return loss(output.logits, labels["labels"], vocab_size=output.logits.shape[-1])
+        return loss(output.logits.contiguous(), labels["labels"], vocab_size=output.logits.shape[-1])
 
     def deployed(self) -> dict[str, Tensor]:
         """The task's tensors in the form the graph reads: folded, differentiable."""

@@ -48,6 +48,11 @@ class Program:
         """The FX graph."""
         return self.graph_module.graph
 
+    @property
+    def output(self) -> fx.Node:
+        """The graph's output node."""
+        return next(iter(reversed(self.graph.nodes)))
+
     def current(self, node: fx.Node) -> fx.Node:
         """What stands for `node` now, after the passes that rewrote it."""
         while node in self._current:
@@ -163,11 +168,13 @@ class Program:
         `fn` must broadcast over a leading batch dimension of its deltas and must not capture tensors.
         """
         fakes = [node.meta["val"] for node in inputs] + [self._fake(delta) for delta in deltas]
-        body = make_fx(fn, pre_dispatch=True, tracing_mode="real")(*fakes)
+        body = make_fx(lambda *values: fn(*values), pre_dispatch=True, tracing_mode="real")(*fakes)
         captured = [n.target for n in body.graph.nodes if n.op == "get_attr"]
         if captured:
             raise InvariantError(f"the body of '{self._author[0]}' captures constants: {captured}")
         anchor = max(inputs)
+        if anchor.op == "placeholder":
+            anchor = max(n for n in self.graph.nodes if n.op == "placeholder")
         env: dict[fx.Node, Argument] = {}
         with self.graph.inserting_before(anchor.next):
             read = [self._read(delta, fake) for delta, fake in zip(deltas, fakes[len(inputs) :], strict=True)]

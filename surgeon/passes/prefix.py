@@ -21,7 +21,7 @@ from surgeon.ledger import Delta, Init, kaiming_uniform, normal, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.columns import open_columns
 from surgeon.passes.positions import shift_positions
-from surgeon.program import Program, ancestors
+from surgeon.program import Program
 
 
 class Prefix(Pass):
@@ -66,9 +66,7 @@ class Prefix(Pass):
             shape, free = (site.kv_heads, self.length), {1: symbol}
             key = program.delta(site, "prefix.key", (*shape, site.head_dim), init, free=free, qualifier=layer)
             value = program.delta(site, "prefix.value", (*shape, site.value_dim), init, free=free, qualifier=layer)
-            scoring = ancestors(site.scores)
-            readers = [user for user in site.key.users if user in scoring]
-            program.replace_operand(readers, site.key, in_front(site), (key,))
+            program.replace_operand(program.readers(site.key, site.scores), site.key, in_front(site), (key,))
             program.replace_operand([site.mixed], site.value, in_front(site), (value,))
             pairs.append((key, value))
         open_columns(program, sites, pairs[0][0])
