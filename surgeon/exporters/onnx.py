@@ -71,17 +71,17 @@ def convert(program: Program, opset: int) -> ir.Model:
         "inputs": {i.name: dict.fromkeys(range(len(i.axes)), Dim.DYNAMIC) for i in program.inputs},
         "deltas": {d.name: dict.fromkeys(d.free, Dim.DYNAMIC) for d in deltas.values()},
     }
-    with quiet():
+    # Without gradients in the second step too: attention of a mask that requires them is laid out in another way.
+    with quiet(), torch.no_grad():
         try:
-            with torch.no_grad():
-                exported = torch.export.export(
-                    module,
-                    (),
-                    {"inputs": inputs, "deltas": samples},
-                    dynamic_shapes=shapes,
-                    strict=False,
-                    prefer_deferred_runtime_asserts_over_guards=True,
-                )
+            exported = torch.export.export(
+                module,
+                (),
+                {"inputs": inputs, "deltas": samples},
+                dynamic_shapes=shapes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
             converted = torch.onnx.export(
                 exported,
                 dynamo=True,
@@ -92,9 +92,8 @@ def convert(program: Program, opset: int) -> ir.Model:
                 verbose=False,
             )
         except Exception as error:
-            raise TraceError(
-                f"the rewritten graph does not convert to ONNX: {str(error).strip().splitlines()[0]}"
-            ) from error
+            reason = str(error.__cause__ or error).strip().splitlines()[0]  # the exporter's own is a list of steps
+            raise TraceError(f"the rewritten graph does not convert to ONNX: {reason}") from error
     assert converted is not None
     model = converted.model
     name_axes(model, {i.name: i.axes for i in program.inputs}, deltas)
