@@ -78,7 +78,7 @@ def base_folder(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     folder = tmp_path_factory.mktemp("base")
-    tiny("bert", initializer_range=0.3).save_pretrained(folder)  # far enough from zero to tell texts apart
+    tiny("bert", num_hidden_layers=1, initializer_range=0.3).save_pretrained(folder)  # large enough to tell texts apart
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))

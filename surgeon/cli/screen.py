@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -89,29 +90,39 @@ class Steps:
 
     def __init__(self) -> None:
         self._console = console(stderr=True)
-        self._status = self._console.status("starting")
-        self._step: str | None = None
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        self._bars = Progress(*columns, console=self._console, transient=True)
+        self._bar: TaskID | None = None
+        self._step = ""
         self._since = 0.0
 
     def __call__(self, step: str) -> None:
+        """The next step begins."""
         self._finish()
         self._step, self._since = step, time.perf_counter()
-        self._status.update(step)
+        self._bar = self._bars.add_task(step, total=None)
+
+    def advance(self, what: str, done: int, total: int) -> None:
+        """How far the step under way is."""
+        if self._bar is not None:
+            self._bars.update(self._bar, description=what, completed=done, total=total)
 
     def _finish(self) -> None:
-        if self._step is not None:
+        if self._bar is not None:
+            self._bars.remove_task(self._bar)
             self._console.print(Text(f"{time.perf_counter() - self._since:6.1f} s  {self._step}", style="dim"))
-        self._step = None
+        self._bar = None
 
     def __enter__(self) -> Steps:
         if self._console.is_terminal:
-            self._status.start()
+            self._bars.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._status.stop()
         if kind is None:
             self._finish()
+        if self._console.is_terminal:
+            self._bars.stop()
 
 
 @contextmanager

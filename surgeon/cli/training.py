@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from surgeon.cli.building import Build, Task
-from surgeon.cli.screen import Json, console, emit, note, say, steps, table
+from surgeon.cli.screen import Json, Steps, emit, note, say, steps, table
 
 if TYPE_CHECKING:
-    from surgeon.train import Progress as Training
+    from surgeon.train import Progress
 
 
 def train(
@@ -86,7 +85,7 @@ def train(
         "threads": threads,
     }
     options = read_options({name: value for name, value in given.items() if value is not None})
-    with steps(silent=json) as report, _bar(silent=json) as progress:
+    with steps(silent=json) as report:
         result = train_build(
             build,
             task,
@@ -95,7 +94,7 @@ def train(
             columns=(text_column, label_column),
             fresh=fresh,
             options=options,
-            progress=progress,
+            progress=_bar(report) if report else None,
             report=report,
         )
     if json:
@@ -111,21 +110,11 @@ def train(
     say(f"\npacked '{task}' into {build}: epoch {result.best_epoch}{accuracy}")
 
 
-@contextmanager
-def _bar(*, silent: bool) -> Iterator[Callable[[Training], None] | None]:
-    """A bar on stderr, with epoch, loss and accuracy."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def _bar(shown: Steps) -> Callable[[Progress], None]:
+    """Show epoch, loss and accuracy beside the bar."""
 
-    if silent:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console(stderr=True), transient=True) as shown:
-        bar = shown.add_task("training", visible=False, total=1)
+    def progress(now: Progress) -> None:
+        accuracy = "" if now.accuracy is None else f"  accuracy {now.accuracy:.3f}"
+        shown.advance(f"epoch {now.epoch}/{now.epochs}  loss {now.loss:.3f}{accuracy}", now.step, now.steps)
 
-        def progress(now: Training) -> None:
-            accuracy = "" if now.accuracy is None else f"  accuracy {now.accuracy:.3f}"
-            what = f"epoch {now.epoch}/{now.epochs}  loss {now.loss:.3f}{accuracy}"
-            shown.update(bar, visible=True, completed=now.step, total=now.steps, description=what)
-
-        yield progress
+    return progress

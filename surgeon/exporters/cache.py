@@ -12,16 +12,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 
 from surgeon.exporters.onnx import OnnxExporter
+from surgeon.exporters.versions import tool_version, tool_versions
 from surgeon.graph_text import graph_text
+from surgeon.program import Program
 from surgeon.runtime.manifest import hash_file
-
-if TYPE_CHECKING:
-    from surgeon.compiler import Compiled
 
 FILES = ("model.onnx", "model.onnx.data")
 KEEP = 4
@@ -33,26 +32,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SURGEON_CACHE", default))
 
 
-def export_cached(compiled: Compiled, folder: Path) -> dict[str, Any]:
+def export_cached(program: Program, fingerprint: str, opset: int, folder: Path) -> dict[str, Any]:
     """Put the ONNX model into `folder`, from the cache where it holds it; returns its facts for the manifest."""
-    entry = cache_folder() / cache_key(compiled)
+    entry = cache_folder() / cache_key(program, fingerprint, opset)
     facts = _take(entry, folder)
     if facts is None:
-        facts = _facts(OnnxExporter().export(compiled.program, folder, opset=compiled.spec.export.opset))
+        facts = _facts(OnnxExporter().export(program, folder, opset=opset))
         _store(entry, folder, facts)
     return facts
 
 
-def cache_key(compiled: Compiled) -> str:
+def cache_key(program: Program, fingerprint: str, opset: int) -> str:
     """Hash of all that the ONNX model depends on: base, graph, free dimensions, opset and versions."""
-    from surgeon.build import TOOLS, tool_version
-
     deltas = [
         (d.name, [d.free.get(a, s) for a, s in enumerate(d.shape)], list(d.default.shape))
-        for d in compiled.program.ledger.deltas.values()
+        for d in program.ledger.deltas.values()
     ]
-    tools = {name: tool_version(name) for name in ("modelsurgeon", *TOOLS)}
-    parts = [compiled.base.fingerprint, graph_text(compiled.program), deltas, compiled.spec.export.opset, tools]
+    tools = {"modelsurgeon": tool_version("modelsurgeon")} | tool_versions()
+    parts = [fingerprint, graph_text(program), deltas, opset, tools]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -69,20 +66,21 @@ def _facts(model: ir.Model) -> dict[str, Any]:
 
 
 def _take(entry: Path, folder: Path) -> dict[str, Any] | None:
-    """Copy an entry whose files are whole; a damaged one is dropped."""
+    """Copy an entry whose files are whole; a damaged one is dropped. Raises OSError where `folder` cannot be written."""
     try:
         known = json.loads((entry / "facts.json").read_text(encoding="utf-8"))
-        for name in FILES:
-            shutil.copyfile(entry / name, folder / name)
-            if hash_file(folder / name) != known["sha256"][name]:
-                raise ValueError(name)
-        os.utime(entry)
+        facts: dict[str, Any] = known["facts"]
+        if any(hash_file(entry / name) != known["sha256"][name] for name in FILES):
+            raise ValueError(entry)
     except (OSError, ValueError, KeyError):
-        for name in FILES:
-            (folder / name).unlink(missing_ok=True)
         shutil.rmtree(entry, ignore_errors=True)
         return None
-    facts: dict[str, Any] = known["facts"]
+    try:
+        for name in FILES:
+            shutil.copyfile(entry / name, folder / name)
+        os.utime(entry)
+    except FileNotFoundError:  # another process made room meanwhile
+        return None
     return facts
 
 

@@ -9,14 +9,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from surgeon.build import load, pack
-from surgeon.errors import SpecError
+from surgeon.compiler import load
+from surgeon.errors import SpecError, did_you_mean
 from surgeon.ledger import initial
+from surgeon.runtime.manifest import read_manifest
 from surgeon.train.batches import load_tokenizer
 from surgeon.train.checkpoint import clear_checkpoints
 from surgeon.train.loop import ProgressCallback, train_task
 from surgeon.train.options import TrainOptions
-from surgeon.train.rows import hold_out, labels_of, read_rows
+from surgeon.train.rows import Labels, Row, hold_out, known_labels, labels_of, read_rows
 from surgeon.train.run import TrainResult
 
 CHECKPOINTS = ".training"
@@ -39,29 +40,47 @@ def train_build(
     `validation` is a file or a share of the rows. A run that was stopped goes on when called again with the same data
     and options; `fresh` forgets it, and the packed weights too. The build changes only at the end, at once.
     """
-    build = Path(build)
+    build, say = Path(build), report or (lambda _: None)
     folder = build / CHECKPOINTS / task
-    compiled = load(build, progress=report)
+    sources = (data, validation, columns)
+    labels = _labels(build, task)
+    early = None if labels is None else _rows(labels, *sources)  # a mistake in the data shows before the base is read
+    compiled = load(build, progress=say)
     model = compiled.model(task)
-    rows = read_rows(data, labels_of(model), *columns)
-    held = None
-    if isinstance(validation, float):
-        rows, held = hold_out(rows, validation)
-    elif validation is not None:
-        held = read_rows(validation, labels_of(model), *columns)
+    rows, held = early or _rows(labels_of(model), *sources)
     if fresh:
         clear_checkpoints(folder)
         sizes = {"labels": model.config.num_labels}
         model.load_state_dict(initial(model.ledger, f"{compiled.spec.seed}/{task}", sizes))
     tokenizer = load_tokenizer(build, compiled.base.max_length)
-    result = train_task(
-        model, tokenizer, rows, held, options or TrainOptions(), checkpoint_dir=folder, progress=progress
-    )
-    pack(compiled, build, task)
+    say("training")
+    settings = options or TrainOptions()
+    result = train_task(model, tokenizer, rows, held, settings, checkpoint_dir=folder, progress=progress)
+    say(f"packing {task}")
+    compiled.pack(build, task)
     clear_checkpoints(folder)
     if folder.parent.is_dir() and not any(folder.parent.iterdir()):
         shutil.rmtree(folder.parent)
     return result
+
+
+def _labels(build: Path, task: str) -> Labels | None:
+    """The labels of a task of a build, None where it keeps the base's. Raises SpecError where there is no such task."""
+    tasks = read_manifest(build).tasks
+    if task not in tasks:
+        raise SpecError(f"there is no task '{task}'", there_is=tasks, try_=did_you_mean(task, tasks))
+    names = tasks[task].labels
+    return None if names is None else known_labels(names)
+
+
+def _rows(
+    labels: Labels, data: str | Path, validation: str | Path | float | None, columns: tuple[str, str]
+) -> tuple[list[Row], list[Row] | None]:
+    """Rows to train on, and those to validate with."""
+    rows = read_rows(data, labels, *columns)
+    if isinstance(validation, float):
+        return hold_out(rows, validation)
+    return rows, None if validation is None else read_rows(validation, labels, *columns)
 
 
 def read_options(given: Mapping[str, Any]) -> TrainOptions:

@@ -40,7 +40,7 @@ def check_same_run(found: dict[str, Any], wanted: dict[str, Any], folder: Path |
             "the checkpoint is of another run, so it cannot be gone on from",
             where=str(folder),
             there_is=f"different: {', '.join(_difference(key, found, wanted) for key in differing)}",
-            try_="the same options and data, or remove the checkpoint to start over",
+            try_="the same options and data, or start over with `--fresh` (in Python: clear_checkpoints)",
         )
 
 

@@ -54,7 +54,12 @@ def read_rows(path: str | Path, labels: Labels, text_column: str = "text", label
 
 def labels_of(model: Any) -> Labels:
     """The labels of a task's model as `read_rows` wants them: names, or a count where they have none."""
-    names = tuple(str(model.config.id2label[i]) for i in range(model.config.num_labels))
+    return known_labels([str(model.config.id2label[i]) for i in range(model.config.num_labels)])
+
+
+def known_labels(names: Sequence[str]) -> Labels:
+    """The same from names as a configuration or a manifest has them, which number what has no name."""
+    names = tuple(names)
     return len(names) if names == tuple(f"LABEL_{i}" for i in range(len(names))) else names
 
 

@@ -94,8 +94,8 @@ def test_verify_without_torch_checks_files_and_tasks(built):
 def test_training_learns_and_packs_one_task_and_leaves_the_other(surgeon, build, rows):
     before = packed(build)
     ran = surgeon(
-        "train", build, "--task", "mood", "--data", rows, "--validation", rows, "--epochs", 6, "--lr", 0.02,
-        "--batch-size", 8, "--json",
+        "train", build, "--task", "mood", "--data", rows, "--validation", rows, "--epochs", 12, "--lr", 0.05,
+        "--batch-size", 14, "--json",
     )  # fmt: skip
     assert ran.code == 0, ran.err
     assert ran.json["best_accuracy"] == 1.0
@@ -108,13 +108,6 @@ def test_training_learns_and_packs_one_task_and_leaves_the_other(surgeon, build,
     assert not (build / ".training").exists()
 
 
-def test_training_shows_each_epoch_to_people(surgeon, build, rows):
-    ran = surgeon("train", build, "-t", "mood", "--data", rows, "--hold-out", 0.2, "--epochs", 2)
-    assert ran.code == 0, ran.err
-    assert "packed 'mood'" in ran.out
-    assert "accuracy" in ran.out
-
-
 def test_the_options_of_training_are_those_of_python(surgeon):
     shown = surgeon("train", "--help").out
     for name, field in TrainOptions.model_fields.items():
@@ -123,21 +116,14 @@ def test_the_options_of_training_are_those_of_python(surgeon):
             assert f"[{field.default:g}]" if isinstance(field.default, float | int) else f"[{field.default}]" in shown
 
 
-def test_packing_puts_weights_in_that_were_trained_elsewhere(surgeon, build, tmp_path):
-    weights = {name: torch.full_like(tensor, 0.25) for name, tensor in packed(build)["mood"].items()}
-    safetensors.torch.save_file(weights, tmp_path / "mood.safetensors")
-    ran = surgeon("pack", build, "--task", "mood", tmp_path / "mood.safetensors", "--json")
-    assert ran.code == 0, ran.err
-    assert all(torch.equal(packed(build)["mood"][name], tensor) for name, tensor in weights.items())
-    assert len(list((build / "tasks").iterdir())) == 4
-    assert surgeon("verify", build).code == 0
-
-
-def test_packing_takes_another_rank_than_the_spec_says(surgeon, build, tmp_path):
+def test_packing_puts_weights_in_that_were_trained_elsewhere_with_another_rank(surgeon, build, tmp_path):
     wide = {
-        name: torch.ones([5 if size == 2 and "lora" in name else size for size in tensor.shape])
+        name: torch.full([5 if size == 2 and "lora" in name else size for size in tensor.shape], 0.25)
         for name, tensor in packed(build)["mood"].items()
     }
     safetensors.torch.save_file(wide, tmp_path / "mood.safetensors")
-    assert surgeon("pack", build, "--task", "mood", tmp_path / "mood.safetensors").code == 0
+    ran = surgeon("pack", build, "--task", "mood", tmp_path / "mood.safetensors", "--json")
+    assert ran.code == 0, ran.err
+    assert all(torch.equal(packed(build)["mood"][name], tensor) for name, tensor in wide.items())
+    assert len(list((build / "tasks").iterdir())) == 4
     assert surgeon("verify", build).code == 0

@@ -9,17 +9,11 @@ import pytest
 
 def test_inspect_shows_every_site_of_a_folder_and_of_a_spec(surgeon, base_folder, write_spec):
     whole = surgeon("inspect", base_folder, "--json").json
-    assert whole["layers"] == {"encoder": 2}
-    assert whole["roles"]["attention.query"] == 2
+    assert whole["layers"] == {"encoder": 1}
+    assert whole["roles"]["attention.query"] == 1
     assert surgeon("inspect", write_spec(), "--json").json == whole
-    table = surgeon("inspect", base_folder).out
-    assert all(site["path"] in table for site in whole["sites"])
-
-
-def test_inspect_takes_another_head(surgeon, base_folder):
-    whole = surgeon("inspect", base_folder, "--head", "token-classification", "--json").json
-    (out,) = [site for site in whole["sites"] if site["role"] == "head.out"]
-    assert out["shape"] == "32->2"
+    table = surgeon("inspect", base_folder, "--head", "token-classification").out
+    assert all(site["path"] in table for site in whole["sites"] if site["role"] != "head.dense")
 
 
 @pytest.mark.parametrize("name", ["nowhere/model", "./nowhere"])
@@ -31,7 +25,7 @@ def test_a_plan_counts_what_the_formula_says_and_writes_nothing(surgeon, write_s
     spec = write_spec("[lora: {rank: 3, where: [attention.query]}]")
     with unchanged(tmp_path):
         plan = surgeon("plan", spec, "--json").json
-    assert plan["by_technique"] == {"lora": 2 * 3 * (32 + 32), "head": 32 * 2 + 2}
+    assert plan["by_technique"] == {"lora": 3 * (32 + 32), "head": 32 * 2 + 2}
     assert plan["parameters"] == sum(plan["by_technique"].values())
     assert all(row["parameters"] == prod(row["shape"]) for row in plan["rows"])
 
@@ -40,5 +34,5 @@ def test_a_plan_is_shown_by_role_and_by_tensor(surgeon, write_spec):
     spec = write_spec()
     assert "attention.query" in surgeon("plan", spec).out
     rows = surgeon("plan", spec, "--rows").out
-    assert "bert.encoder.layer.1.attention.self.value.lora_B" in rows
+    assert "bert.encoder.layer.0.attention.self.value.lora_B" in rows
     assert "32×2*" in rows

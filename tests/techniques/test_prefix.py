@@ -62,7 +62,7 @@ def test_an_encoders_prefix_is_what_its_own_cache_would_hold(lab):
         assert lab.gap(ours(**fed).logits, model.classifier(pooled)) <= 1e-6
 
 
-def attend(module, query, key, value, mask, prefixes, scaling=None, position_bias=None, **_):  # noqa: PLR0917
+def attend(module, query, key, value, mask, prefixes, scaling=None, position_bias=None, **_):
     """softmax(q·[P_k; k]ᵀ + [0, mask + bias])·[P_v; v], in as many words."""
     p_key, p_value = (
         p.repeat_interleave(query.shape[1] // p.shape[0], 0).expand(len(query), -1, -1, -1) for p in prefixes[module]
