@@ -12,8 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from surgeon.build import load
-    from surgeon.compiler import Compiled, compile
+    from surgeon.compiler import Compiled, compile, load
     from surgeon.errors import SurgeonError
     from surgeon.runtime import Session
     from surgeon.spec import Spec, json_schema, read_spec
@@ -28,7 +27,7 @@ _ROOMS = {
     "SurgeonError": "surgeon.errors",
     "compile": "surgeon.compiler",
     "json_schema": "surgeon.spec",
-    "load": "surgeon.build",
+    "load": "surgeon.compiler",
     "read_spec": "surgeon.spec",
 }
 

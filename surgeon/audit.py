@@ -56,7 +56,7 @@ def audit(build: str | Path, *, compare: bool = True, progress: Callable[[str], 
         compared = compare and _has_torch()
         differences: dict[str | None, float] = {}
         if compared:
-            from surgeon.build import load
+            from surgeon.compiler import load
 
             compiled = load(build, progress=report)
             for task in (None, *session.tasks):

@@ -1,4 +1,4 @@
-"""The build directory: written whole or not at all, opened again for more training, extended task by task."""
+"""The build directory: written whole or not at all, and extended task by task."""
 
 from __future__ import annotations
 
@@ -8,32 +8,28 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from surgeon.base import load_base
+from surgeon.base import Base
 from surgeon.base.loading import quiet
-from surgeon.compiler import Compiled, Progress, compile
 from surgeon.errors import BuildError, DeltaError
 from surgeon.exporters.cache import export_cached
+from surgeon.exporters.versions import tool_version, tool_versions
 from surgeon.graph_text import graph_text
 from surgeon.model import TaskModel
-from surgeon.runtime.manifest import FORMAT, MANIFEST, hash_file, read_manifest, seal
-from surgeon.runtime.manifest import Task as TaskEntry
+from surgeon.program import Program
+from surgeon.runtime.manifest import FORMAT, MANIFEST, TOKENIZER, hash_file, read_manifest, seal
 from surgeon.runtime.taskfile import write_adapter
-from surgeon.spec import BaseSpec, HeadName, read_spec
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from surgeon.spec import Spec
 
 BASE = "base"
 """Folder of a build made from a model in hand, which no path could find again."""
-TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
 
 
 def check_writable(out: Path) -> None:
@@ -68,39 +64,50 @@ def _partial(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_build(compiled: Compiled, out: Path, report: Progress) -> Path:
+@dataclass(frozen=True)
+class Contents:
+    """What a build is written from."""
+
+    spec: Spec
+    base: Base
+    program: Program
+    models: Mapping[str, TaskModel]
+
+
+def write_build(contents: Contents, out: Path, report: Callable[[str], None]) -> Path:
     """Write everything a build holds. Raises BuildError where it cannot; then nothing of it is left."""
+    spec, base = contents.spec, contents.base
     with _partial(out) as folder:
         report("converting to ONNX")
-        facts = export_cached(compiled, folder)
+        facts = export_cached(contents.program, base.fingerprint, spec.export.opset, folder)
         report("writing the build")
-        (folder / "spec.yaml").write_text(compiled.spec.to_yaml(), encoding="utf-8")
-        (folder / "graph.txt").write_text(graph_text(compiled.program), encoding="utf-8")
-        if compiled.base.tokenizer_path is not None:
-            shutil.copyfile(compiled.base.tokenizer_path, folder / "tokenizer.json")
-        if compiled.spec.base is None:
+        (folder / "spec.yaml").write_text(spec.to_yaml(), encoding="utf-8")
+        (folder / "graph.txt").write_text(graph_text(contents.program), encoding="utf-8")
+        if base.tokenizer_path is not None:
+            shutil.copyfile(base.tokenizer_path, folder / TOKENIZER)
+        if spec.base is None:
             report("writing the base in hand")
             with quiet():
-                compiled.base.model.save_pretrained(folder / BASE)
+                base.model.save_pretrained(folder / BASE)
         files = sorted(p for p in folder.rglob("*") if p.is_file())
-        document = _document(compiled, facts) | {
+        document = _document(contents, facts) | {
             "files": {str(p.relative_to(folder)): {"sha256": hash_file(p), "bytes": p.stat().st_size} for p in files},
             "tasks": {},
         }
-        for task in compiled.tasks:
+        for task, model in contents.models.items():
             report(f"packing {task}")
-            document["tasks"][task] = _write_task(folder, compiled, task)
+            document["tasks"][task] = _write_task(folder, task, model, base.fingerprint)
         _write_manifest(folder, document)
     return out
 
 
-def pack(compiled: Compiled, build: Path, task: str) -> None:
-    """Put the present weights of `task` into an existing build: new files first, then the manifest, by rename."""
+def pack_task(build: Path, task: str, model: TaskModel, fingerprint: str) -> None:
+    """Put the weights of `model` into an existing build: new files first, then the manifest, by rename."""
     manifest = read_manifest(build)
     document = json.loads((build / MANIFEST).read_text(encoding="utf-8"))
     before = set((build / "tasks").glob("*"))
     try:
-        document["tasks"][task] = _write_task(build, compiled, task)
+        document["tasks"][task] = _write_task(build, task, model, fingerprint)
         _write_manifest(build, document)
     except BaseException as error:
         for path in set((build / "tasks").glob("*")) - before:
@@ -112,50 +119,6 @@ def pack(compiled: Compiled, build: Path, task: str) -> None:
     fresh = {document["tasks"][task][kind] for kind in ("adapter", "weights")}
     for name in {old.adapter, old.weights} - fresh if old else ():
         (build / name).unlink(missing_ok=True)
-
-
-def pack_weights(build: str | Path, task: str, weights: str | Path, *, progress: Progress | None = None) -> TaskEntry:
-    """Put weights that were trained elsewhere into a build; returns the task's entry in the manifest.
-
-    Raises DeltaError for tensors that do not fit or another base; the build is then as it was.
-    """
-    build, weights = Path(build), Path(weights)
-    tensors = read_weights(weights, read_manifest(build).base.fingerprint)
-    compiled = load(build, progress=progress)
-    try:
-        compiled.model(task).load_state_dict(tensors)
-    except DeltaError as error:
-        raise DeltaError(error.what, where=str(weights), there_is=error.there_is, try_=error.try_) from error
-    if progress:
-        progress(f"packing {task}")
-    pack(compiled, build, task)
-    return read_manifest(build).tasks[task]
-
-
-def load(build: str | Path, base: PreTrainedModel | None = None, *, progress: Progress | None = None) -> Compiled:
-    """Open a build for more training: its spec on its base, every task with the weights packed last.
-
-    Raises BuildError for a damaged build, DeltaError where the base is not the one it was built from.
-    """
-    build = Path(build)
-    manifest = read_manifest(build)
-    spec = read_spec(build / "spec.yaml")
-    if base is None and spec.base is None:
-        base = load_base(BaseSpec(model=str(build / BASE), head=cast(HeadName, manifest.base.head)), seed=spec.seed)
-    compiled = compile(spec, base, progress=progress)
-    if compiled.base.fingerprint != manifest.base.fingerprint:
-        raise DeltaError(
-            "the base is not the one this build was made from",
-            where=str(build),
-            there_is=f"the build's: {manifest.base.fingerprint[:16]}; this one's: {compiled.base.fingerprint[:16]}",
-            try_="the same checkpoint and revision, or compile the spec again for this base",
-        )
-    for name, task in manifest.tasks.items():
-        path = build / task.weights
-        if hash_file(path) != task.weights_sha256:
-            raise BuildError("has other content than the manifest says", where=str(path))
-        compiled.model(name).load_state_dict(read_weights(path, manifest.base.fingerprint))
-    return compiled
 
 
 def read_weights(path: Path, fingerprint: str) -> dict[str, Tensor]:
@@ -183,20 +146,19 @@ def read_weights(path: Path, fingerprint: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _write_task(folder: Path, compiled: Compiled, task: str) -> dict[str, Any]:
+def _write_task(folder: Path, task: str, model: TaskModel, fingerprint: str) -> dict[str, Any]:
     """The task's two files under names that hold their hash; returns its manifest entry."""
-    model = compiled.model(task)
     tasks = folder / "tasks"
     tasks.mkdir(exist_ok=True)
     trained = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
     deployed = {n: t.detach().cpu().contiguous() for n, t in model.deployed().items()}
-    metadata = {"base": compiled.base.fingerprint, "task": task, "format": "pt"}
-    entry: dict[str, Any] = {"labels": label_names(model, compiled, task), "sha256": {}}
+    metadata = {"base": fingerprint, "task": task, "format": "pt"}
+    entry: dict[str, Any] = {"labels": model.label_names, "sha256": {}}
     writers: dict[str, tuple[str, Callable[[Path], None]]] = {
         "weights": (".safetensors", lambda path: save_file(trained, path, metadata=metadata)),
         "adapter": (
             ".onnx_adapter",
-            lambda path: write_adapter(path, {n: t.numpy() for n, t in deployed.items()}, compiled.base.fingerprint),
+            lambda path: write_adapter(path, {n: t.numpy() for n, t in deployed.items()}, fingerprint),
         ),
     }
     for kind, (suffix, write) in writers.items():
@@ -219,14 +181,8 @@ def _reason(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
-def label_names(model: TaskModel, compiled: Compiled, task: str) -> list[str] | None:
-    """The task's labels by name, or None where it keeps the base's head."""
-    labels = compiled.spec.tasks[task].labels
-    return None if labels is None else [model.config.id2label[i] for i in range(len(model.config.id2label))]
-
-
-def _document(compiled: Compiled, facts: Mapping[str, Any]) -> dict[str, Any]:
-    base, program = compiled.base, compiled.program
+def _document(contents: Contents, facts: Mapping[str, Any]) -> dict[str, Any]:
+    base, program = contents.base, contents.program
     return {
         "format": FORMAT,
         "surgeon": tool_version("modelsurgeon"),
@@ -238,7 +194,7 @@ def _document(compiled: Compiled, facts: Mapping[str, Any]) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in base.model.parameters()),
             "max_length": base.max_length,
         },
-        "modes": list(compiled.spec.export.modes),
+        "modes": list(contents.spec.export.modes),
         "inputs": [{"name": i.name, "dtype": "int64", "axes": list(i.axes), "fill": i.fill} for i in program.inputs],
         "deltas": [
             {
@@ -253,17 +209,9 @@ def _document(compiled: Compiled, facts: Mapping[str, Any]) -> dict[str, Any]:
             }
             for d in program.ledger.deltas.values()
         ],
-        "tools": {name: tool_version(name) for name in TOOLS},
+        "tools": tool_versions(),
         **facts,
     }
-
-
-def tool_version(name: str) -> str:
-    """Version of an installed distribution."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _write_manifest(folder: Path, document: Mapping[str, Any]) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import fx
 
 from surgeon.anatomy import find
-from surgeon.base import Base, open_base
-from surgeon.errors import SpecError, did_you_mean
+from surgeon.base import Base, load_base, open_base
+from surgeon.build import BASE, Contents, check_writable, pack_task, read_weights, write_build
+from surgeon.errors import BuildError, DeltaError, SpecError, did_you_mean
 from surgeon.model import TaskModel
 from surgeon.module import switchable
 from surgeon.passes import Pass
@@ -19,7 +20,8 @@ from surgeon.pipeline import run_passes
 from surgeon.plan import Plan, plan
 from surgeon.program import Program
 from surgeon.registry import technique
-from surgeon.spec import Spec, read_spec
+from surgeon.runtime.manifest import Task, hash_file, read_manifest
+from surgeon.spec import BaseSpec, HeadName, Spec, read_spec
 from surgeon.trace import text_inputs, trace
 
 if TYPE_CHECKING:
@@ -76,9 +78,12 @@ class Compiled:
 
     def save(self, out: str | Path, *, progress: Progress | None = None) -> Path:
         """Write the build directory `out`, which must be absent or empty."""
-        from surgeon.build import write_build
+        models = {task: self.model(task) for task in self.tasks}
+        return write_build(Contents(self.spec, self.base, self.program, models), Path(out), progress or _silent)
 
-        return write_build(self, Path(out), progress or (lambda _: None))
+    def pack(self, build: str | Path, task: str) -> None:
+        """Put the present weights of `task` into an existing build; the others stay as they are."""
+        pack_task(Path(build), task, self.model(task), self.base.fingerprint)
 
 
 def compile(
@@ -93,14 +98,12 @@ def compile(
 
     `weights=False` works on the meta device: enough for a plan, of a base of any size.
     """
-    report = progress or (lambda _: None)
+    report = progress or _silent
     spec = read_spec(spec)
     source = base if base is not None else spec.base
     if source is None:
         raise SpecError("the spec names no base, and none was given", try_="write `base: {model: …}` or pass a model")
     if out is not None:
-        from surgeon.build import check_writable
-
         check_writable(Path(out))
     report("reading the base")
     opened = open_base(source, weights=weights, seed=spec.seed)
@@ -124,8 +127,55 @@ def compile(
     return compiled
 
 
+def load(build: str | Path, base: PreTrainedModel | None = None, *, progress: Progress | None = None) -> Compiled:
+    """Open a build for more training: its spec on its base, every task with the weights packed last.
+
+    Raises BuildError for a damaged build, DeltaError where the base is not the one it was built from.
+    """
+    build = Path(build)
+    manifest = read_manifest(build)
+    spec = read_spec(build / "spec.yaml")
+    if base is None and spec.base is None:
+        base = load_base(BaseSpec(model=str(build / BASE), head=cast(HeadName, manifest.base.head)), seed=spec.seed)
+    compiled = compile(spec, base, progress=progress)
+    if compiled.base.fingerprint != manifest.base.fingerprint:
+        raise DeltaError(
+            "the base is not the one this build was made from",
+            where=str(build),
+            there_is=f"the build's: {manifest.base.fingerprint[:16]}; this one's: {compiled.base.fingerprint[:16]}",
+            try_="the same checkpoint and revision, or compile the spec again for this base",
+        )
+    for name, task in manifest.tasks.items():
+        path = build / task.weights
+        if hash_file(path) != task.weights_sha256:
+            raise BuildError("has other content than the manifest says", where=str(path))
+        compiled.model(name).load_state_dict(read_weights(path, manifest.base.fingerprint))
+    return compiled
+
+
+def pack_weights(build: str | Path, task: str, weights: str | Path, *, progress: Progress | None = None) -> Task:
+    """Put weights that were trained elsewhere into a build; returns the task's entry in the manifest.
+
+    Raises DeltaError for tensors that do not fit or another base; the build is then as it was.
+    """
+    build, weights = Path(build), Path(weights)
+    tensors = read_weights(weights, read_manifest(build).base.fingerprint)
+    compiled = load(build, progress=progress)
+    try:
+        compiled.model(task).load_state_dict(tensors)
+    except DeltaError as error:
+        raise DeltaError(error.what, where=str(weights), there_is=error.there_is, try_=error.try_) from error
+    (progress or _silent)(f"packing {task}")
+    compiled.pack(build, task)
+    return read_manifest(build).tasks[task]
+
+
 def passes(spec: Spec) -> Iterator[Pass]:
     """The spec's passes; tasks with labels need a head, which comes last where the spec does not place it."""
     yield from spec.steps
     if any(t.labels is not None for t in spec.tasks.values()) and not any(s.name == "head" for s in spec.steps):
         yield technique("head")()
+
+
+def _silent(_: str) -> None:
+    """No progress wanted."""

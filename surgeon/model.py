@@ -54,6 +54,9 @@ class TaskModel(nn.Module):
         self.inputs = inputs
         self.head = head
         self.config = task_config(config, labels)
+        self.label_names = (
+            None if labels is None else [self.config.id2label[i] for i in range(len(self.config.id2label))]
+        )
         module = fx.GraphModule(graph, graph.graph)
         # The graph runs unregistered while its children and tensors are registered here, under the names of the ledger.
         object.__setattr__(self, "_graph", module)

@@ -51,7 +51,7 @@ class Program:
     @property
     def output(self) -> fx.Node:
         """The graph's output node."""
-        return next(iter(reversed(self.graph.nodes)))
+        return self.graph.output_node()
 
     def current(self, node: fx.Node) -> fx.Node:
         """What stands for `node` now, after the passes that rewrote it."""
@@ -168,7 +168,8 @@ class Program:
         `fn` must broadcast over a leading batch dimension of its deltas and must not capture tensors.
         """
         fakes = [node.meta["val"] for node in inputs] + [self._fake(delta) for delta in deltas]
-        body = make_fx(lambda *values: fn(*values), pre_dispatch=True, tracing_mode="real")(*fakes)
+        # make_fx counts a bound method's `self` as an argument, so it gets a plain function.
+        body = make_fx(lambda *values: fn(*values), pre_dispatch=True, tracing_mode="real")(*fakes)  # noqa: PLW0108
         captured = [n.target for n in body.graph.nodes if n.op == "get_attr"]
         if captured:
             raise InvariantError(f"the body of '{self._author[0]}' captures constants: {captured}")

@@ -52,7 +52,7 @@ def pack(
 
     Example: `surgeon pack build --task sentiment sentiment.safetensors`
     """
-    from surgeon.build import pack_weights
+    from surgeon.compiler import pack_weights
 
     with steps(silent=json) as progress:
         packed = pack_weights(build, task, weights, progress=progress)
