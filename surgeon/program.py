@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 from torch.fx.node import Argument
 
 from surgeon.anatomy import Anatomy, Site
+from surgeon.dataflow import ancestors, descendants
 from surgeon.errors import CompositionError, InvariantError
 from surgeon.ledger import Delta, Fold, Init, Ledger, Trained, generator
 from surgeon.ledger import value as base_value
@@ -290,27 +291,3 @@ class Program:
                 env[node] = self.graph.node_copy(node, lambda n: env.get(n, n))
                 env[node].meta = {**node.meta, "surgeon": self._author}
         return env[end]
-
-
-def descendants(node: fx.Node) -> set[fx.Node]:
-    """Every node computed from `node`, not itself."""
-    found: set[fx.Node] = set()
-    frontier = list(node.users)
-    while frontier:
-        user = frontier.pop()
-        if user not in found:
-            found.add(user)
-            frontier.extend(user.users)
-    return found
-
-
-def ancestors(node: fx.Node) -> set[fx.Node]:
-    """`node` and every node it is computed from."""
-    found = {node}
-    frontier = [node]
-    while frontier:
-        for operand in frontier.pop().all_input_nodes:
-            if operand not in found:
-                found.add(operand)
-                frontier.append(operand)
-    return found

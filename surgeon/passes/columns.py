@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from surgeon.anatomy import Attention
 from surgeon.errors import InvariantError
 from surgeon.ledger import Delta
-from surgeon.program import Program, ancestors, descendants
+from surgeon.dataflow import ancestors, descendants
+from surgeon.program import Program
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 

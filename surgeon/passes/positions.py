@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from surgeon.ledger import Delta
-from surgeon.program import Program, ancestors
+from surgeon.dataflow import ancestors
+from surgeon.program import Program
 from surgeon.trace import sample_inputs
 
 ANGLES = (torch.ops.aten.cos.default, torch.ops.aten.sin.default)

@@ -20,7 +20,8 @@ from surgeon.anatomy import Embedding
 from surgeon.errors import SelectorError
 from surgeon.ledger import Delta, Init, normal
 from surgeon.passes import Pass, PassResult
-from surgeon.program import Program, ancestors
+from surgeon.dataflow import ancestors
+from surgeon.program import Program
 
 SCALINGS = (torch.ops.aten.mul.Tensor, torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
 
