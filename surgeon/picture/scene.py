@@ -16,10 +16,11 @@ from torch import fx
 
 from surgeon.anatomy.facts import LAYOUTS, NONLINEARITIES, Facts
 from surgeon.anatomy.sites import Attention, Join, Norm, Site, anchor, graph_order
+from surgeon.dataflow import ancestors, descendants
 from surgeon.errors import SelectorError
 from surgeon.ledger import Delta
 from surgeon.picture.boxes import Box, Line, pills, shape, site_box
-from surgeon.program import Program, ancestors, descendants
+from surgeon.program import Program
 
 PARTS = {"slice", "split", "split_with_sizes", "chunk", "unbind", "getitem", "select", "narrow", "index"}
 PASSED = LAYOUTS | PARTS | {"dropout", "pad", "constant_pad_nd"}
