@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shutil
@@ -95,3 +96,20 @@ def test_examples_in_python_run(name: str, project: Path, tmp_path: Path, monkey
 def test_every_page_with_runnable_examples_is_run() -> None:
     marked = {str(page.relative_to(ROOT)) for page in PAGES if RUNNABLE.search(page.read_text(encoding="utf-8"))}
     assert marked == {"README.md", "docs/python-api.md", "docs/runtime.md"}
+
+
+def test_the_rooms_of_the_architecture_are_in_the_order_of_the_imports() -> None:
+    table = re.findall(
+        r"^\| (`[^|]+) \|", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    order = {room: line for line, cell in enumerate(table) for room in re.findall(r"`(\w+)`", cell)}
+    files = {path for path in (ROOT / "surgeon").rglob("*.py") if not path.name.startswith("__")}
+    assert {path.relative_to(ROOT / "surgeon").parts[0].removesuffix(".py") for path in files} == set(order)
+    for path in files:
+        own = path.relative_to(ROOT / "surgeon").parts[0].removesuffix(".py")
+        for node in ast.parse(
+            path.read_text(encoding="utf-8")
+        ).body:  # not what is imported in a function, or for types
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("surgeon."):
+                room = str(node.module).split(".")[1]
+                assert order[room] <= order[own], f"{path.name} imports {node.module}"

@@ -20,7 +20,6 @@ from surgeon.program import Program
 
 CASES = {
     "lora": ("bert", [{"lora": None}]),
-    "adapter": ("bert", [{"adapter": {"bottleneck": 8}}]),
     "pfeiffer": ("roberta", [{"adapter": {"placement": "pfeiffer", "bottleneck": 8}}]),
     "gated": ("llama", [{"lora": {"where": ["ffn", "attention"]}}, {"prefix": {"length": 3}}]),
     "fused": ("gpt2", [{"lora": {"where": "attention.query"}}, {"bitfit": None}]),
@@ -31,7 +30,7 @@ CASES = {
 
 def operated(tiny, name: str) -> Program:
     kind, surgery = CASES[name]
-    return surgeon.compile({"surgery": surgery}, base=tiny(kind)).program
+    return surgeon.compile({"surgery": surgery}, base=tiny(kind).to("meta")).program
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +40,11 @@ def programs(tiny) -> dict[str, Program]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_before_surgery_is_the_base_as_it_was(name: str, programs: dict[str, Program], tiny) -> None:
-    untouched = surgeon.compile({}, base=tiny(CASES[name][0])).program
+    untouched = surgeon.compile({}, base=tiny(CASES[name][0]).to("meta")).program
     for stack, depth in untouched.anatomy.layers.items():
         for layer in range(depth):
-            drawn = scene(programs[name], stack, layer)
-            assert flow(drawn, drawn.before) == flow(bare := scene(untouched, stack, layer), bare.after)
+            drawn, bare = scene(programs[name], stack, layer), scene(untouched, stack, layer)
+            assert flow(drawn, drawn.before) == flow(bare, bare.after)
 
 
 def flow(drawn: Scene, edges: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -66,7 +65,7 @@ def test_every_delta_of_the_layer_is_drawn_with_its_shape(name: str, programs: d
 
 def test_a_free_size_is_a_word_and_a_fixed_one_a_number(programs: dict[str, Program]) -> None:
     assert "32 × rank" in picture(programs["lora"])
-    assert "+ down.bias (bottleneck)" in picture(programs["adapter"])
+    assert "+ down.bias (bottleneck)" in picture(programs["pfeiffer"])
     assert "prefix.key (2 × length × 8)" in picture(programs["gated"])
 
 

@@ -31,7 +31,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     (metadata / "METADATA").write_text(
         f"Metadata-Version: 2.4\nName: {project['name']}\nVersion: {project['version']}\n"
     )
-    lines = [f"[{group}]\n{name} = {target}" for group, named in project["entry-points"].items() for name, target in named.items()]  # fmt: skip
+    groups = project["entry-points"]
+    lines = [f"[{group}]\n{name} = {target}" for group in groups for name, target in groups[group].items()]
     (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
     monkeypatch.syspath_prepend(site)
     importlib.invalidate_caches()
