@@ -152,7 +152,7 @@ def _write_task(folder: Path, task: str, model: TaskModel, fingerprint: str) -> 
     tasks.mkdir(exist_ok=True)
     trained = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
     deployed = {n: t.detach().cpu().contiguous() for n, t in model.deployed().items()}
-    metadata = {"base": fingerprint, "task": task, "format": "pt"}
+    metadata = {"base": fingerprint}  # one key: safetensors writes several in another order every time
     entry: dict[str, Any] = {"labels": model.label_names, "sha256": {}}
     writers: dict[str, tuple[str, Callable[[Path], None]]] = {
         "weights": (".safetensors", lambda path: save_file(trained, path, metadata=metadata)),

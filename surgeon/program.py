@@ -136,6 +136,10 @@ class Program:
         self._register(name, torch.nn.Parameter(example.to(dtype)))
         return delta
 
+    def maker(self, name: str) -> tuple[str, str]:
+        """The technique and the step of the spec that made a delta."""
+        return self._makers[name]
+
     def trained(self, name: str, shape: Sequence[int], init: Init) -> Trained:
         """Enter a tensor that is trained but folded away before deployment."""
         entry = Trained(name=name, technique=self._author[0], shape=tuple(shape), dtype=self.dtype, init=init)

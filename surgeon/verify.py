@@ -21,7 +21,7 @@ from surgeon.trace import sample_inputs
 class Reference:
     """What the base was before surgery: its tensors with their versions, and its answer on a small sample."""
 
-    tensors: Mapping[str, tuple[int, int]]
+    tensors: Mapping[str, tuple[int, int, int]]
     inputs: Mapping[str, Tensor]
     answer: Tensor | None
 
@@ -33,7 +33,12 @@ def reference(program: Program) -> Reference:
     vocabulary = max((e.rows for e in program.anatomy.embeddings if e.role == "embedding.token"), default=100)
     inputs = sample_inputs(program.inputs, vocabulary, parameter.device)
     answer = None if parameter.is_meta else run(program, {}, inputs)
-    return Reference({n: (id(t), t._version) for n, t in tensors.items()}, inputs, answer)
+    return Reference({n: _mark(t) for n, t in tensors.items()}, inputs, answer)
+
+
+def _mark(tensor: Tensor) -> tuple[int, int, int]:
+    """Changes with the tensor: another object, other memory, or written into."""
+    return id(tensor), tensor._version, tensor.data_ptr()
 
 
 def run(program: Program, deltas: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
@@ -54,13 +59,19 @@ def verify(program: Program, before: Reference, *, identity: bool) -> None:
     """Raise InvariantError where an invariant does not hold.
 
     I1 the graph lints and every value has a shape; I2 base tensors are the checkpoint's; I3 what is trained is the
-    ledger's; I4 with default deltas (and, where `identity`, with fresh ones) the program is the base exactly.
+    ledger's; I4 with default deltas (and, where `identity`, with fresh ones) the program is the base exactly; I5 two
+    tasks share no tensor with each other or the base; I6 the same seed starts with the same bytes; I7 no place has the
+    same part twice by two steps of one technique.
     """
     _i1_graph(program)
     _i2_base(program, before)
     _i3_ledger(program)
+    _i7_once(program)
     if before.answer is not None:
         _i4_identity(program, before, fresh=identity)
+        one, other = initial(program.ledger, "verify/one"), initial(program.ledger, "verify/other")
+        _i5_apart(program, one, other)
+        _i6_repeatable(one, initial(program.ledger, "verify/one"))
 
 
 def _i1_graph(program: Program) -> None:
@@ -73,7 +84,7 @@ def _i1_graph(program: Program) -> None:
 def _i2_base(program: Program, before: Reference) -> None:
     for name in program.frozen:
         tensor = program.tensor(name)
-        if (id(tensor), tensor._version) != before.tensors[name]:
+        if _mark(tensor) != before.tensors[name]:
             raise InvariantError("I2: a base tensor was changed", where=name)
 
 
@@ -96,3 +107,25 @@ def _i4_identity(program: Program, before: Reference, *, fresh: bool) -> None:
         if answer.shape != before.answer.shape or not torch.equal(answer, before.answer):
             gap = (answer - before.answer).abs().max().item() if answer.shape == before.answer.shape else "shape"
             raise InvariantError(f"I4: with {name} deltas the program is not the base (largest difference {gap})")
+
+
+def _i5_apart(program: Program, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    taken = {program.tensor(name).untyped_storage().data_ptr(): name for name in program.frozen}
+    taken |= {tensor.untyped_storage().data_ptr(): name for name, tensor in one.items()}
+    for name, tensor in other.items():
+        shared = taken.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
+        if shared:
+            raise InvariantError(f"I5: {name} of one task shares its memory with {shared}")
+
+
+def _i6_repeatable(once: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> None:
+    if changed := [name for name, tensor in once.items() if not torch.equal(tensor, again[name])]:
+        raise InvariantError(f"I6: the same seed gives other starting values: {changed}")
+
+
+def _i7_once(program: Program) -> None:
+    makers: dict[tuple[str, ...], tuple[str, str]] = {}
+    for name, delta in program.ledger.deltas.items():
+        place = (delta.technique, delta.site, delta.role, delta.part)
+        if makers.setdefault(place, program.maker(name)) != program.maker(name):
+            raise InvariantError(f"I7: '{delta.technique}' was applied twice at {delta.site}", where=name)
