@@ -27,7 +27,7 @@ def test_a_spec_of_the_gallery_compiles_to_a_build_that_runs(path: Path, tmp_pat
         decoder = (
             {"decoder_input_ids": [[0, 5]]} if "decoder_input_ids" in {i.name for i in session.manifest.inputs} else {}
         )
-        assert tuple(session.tasks) == compiled.tasks
+        assert set(session.tasks) == set(compiled.tasks)
         for task in session.tasks:
             session.run({"input_ids": ids, **decoder}, task)
 
