@@ -46,6 +46,10 @@ WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "fine", "great", "bad", "po
 Tiny = Callable[..., "PreTrainedModel"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-goldens", action="store_true", help="write the golden graph texts anew")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cache of converted graphs, of this session alone."""
