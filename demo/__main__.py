@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from surgeon.picture import picture
 
 from demo import baseline
 from demo.data import prepare
 from surgeon import __version__, load
 from surgeon.errors import SurgeonError
+from surgeon.picture import picture
 from surgeon.runtime.manifest import check_files, hash_file, read_manifest
 
 HERE = Path(__file__).resolve().parent
