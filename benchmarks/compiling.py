@@ -23,7 +23,7 @@ def measure() -> Iterator[Section]:
         "Compiling",
         "A spec with LoRA r=16 and one task, against `torch.onnx.export` of the same base: time from the loaded base "
         "to the written files, peak memory of the process. *another rank* and *another task* compile a changed spec "
-        "after the first one: the converted graph is reused, since its free dimensions do not depend on either. Aims: time "
+        "after the first one: the converted graph is reused, since its free dimensions depend on neither. Aims: time "
         "and memory ≤ 1.3.",
         (
             "base",
