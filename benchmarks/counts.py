@@ -44,6 +44,7 @@ class Case:
 
 
 _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 _ROBERTA = {"model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
 _GPT3 = {"hidden_size": 12288, "word_embed_proj_dim": 12288, "ffn_dim": 49152}
 
@@ -57,12 +58,8 @@ BASES: dict[str, dict[str, Any]] = {
         "head": "causal-lm",
     },
     "BART-large": {"config": {"model_type": "bart"}, "head": "seq2seq-lm"},
-    "DeBERTaV3-base": {
-        "config": {"model_type": "deberta-v2", "vocab_size": 128100, "hidden_size": 768, "num_hidden_layers": 12}
-        | {"num_attention_heads": 12, "intermediate_size": 3072, "relative_attention": True}
-        | {"pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0}
-        | {"position_biased_input": False, "max_relative_positions": -1, "max_position_embeddings": 512}
-    },
+    # Without its disentangled attention, which uses the same matrices again (`share_att_key`).
+    "DeBERTaV3-base": {"config": {"model_type": "deberta-v2", "vocab_size": 128100, **_BASE}},
     "GPT-3's shape": {
         "config": {"model_type": "opt", "num_hidden_layers": 96, "num_attention_heads": 96, **_GPT3},
         "head": "causal-lm",
