@@ -106,7 +106,7 @@ def technique_page(name: str) -> str:
         prose(module.__doc__ or ""),
         "## Write",
         f"[`specs/{spec_of(name).name}`](../../specs/{spec_of(name).name}), which a test compiles and runs:",
-        f"```yaml\n{(SPECS / f'{name}.yaml').read_text(encoding='utf-8').strip()}\n```",
+        f"```yaml\n{spec_of(name).read_text(encoding='utf-8').strip()}\n```",
         *_others(name),
         "## Options",
         options_table(known.options),
@@ -121,7 +121,7 @@ def technique_page(name: str) -> str:
 
 def spec_of(name: str) -> Path:
     """The technique's own spec in the gallery."""
-    return SPECS / f"{name.replace('_', '-')}.yaml"
+    return next(path for path in SPECS.glob("*.yaml") if path.stem.replace("-", "_") == name)
 
 
 def _rest(docstring: str | None) -> str:

@@ -25,6 +25,7 @@ CASES = {
     "fused": ("gpt2", [{"lora": {"where": "attention.query"}}, {"bitfit": None}]),
     "cross": ("t5", [{"prefix": {"length": 3}}, {"adapter": {"norms": False, "bottleneck": 4}}]),
     "head": ("bert", [{"head": {"hidden": True}}]),
+    "prompt": ("bert", [{"prompt": {"length": 3}}]),
 }
 
 
@@ -73,6 +74,11 @@ def test_the_same_surgery_gives_the_same_text_and_it_is_xml(tiny, programs: dict
     text = picture(programs["gated"])
     assert picture(operated(tiny, "gated")) == text
     ElementTree.fromstring(text)
+
+
+def test_what_stands_in_no_layer_is_drawn_where_it_stands(programs: dict[str, Program]) -> None:
+    assert "bert · encoder head" in picture(programs["head"])
+    assert "bert · encoder input" in picture(programs["prompt"])
 
 
 def test_a_layer_can_be_asked_for_and_one_that_is_not_there_is_refused(programs: dict[str, Program]) -> None:

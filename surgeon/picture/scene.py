@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from math import inf
 
 import torch
 from torch import fx
@@ -26,7 +25,8 @@ PARTS = {"slice", "split", "split_with_sizes", "chunk", "unbind", "getitem", "se
 PASSED = LAYOUTS | PARTS | {"dropout", "pad", "constant_pad_nd"}
 ROUND = {"add": "+", "mul": "×"}
 
-Home = tuple[str, int | None]
+Home = tuple[str, int | str]
+"""A stack, and one of its layers, or the `input` before them or the `head` behind them."""
 
 
 @dataclass
@@ -43,8 +43,8 @@ class Scene:
 
 def scene(program: Program, stack: str | None = None, layer: int | None = None) -> Scene:
     """The scene of one layer: the one asked for, or the first that most techniques touched."""
-    homes = dict.fromkeys((site.stack, site.layer) for site in graph_order(program.anatomy))
     facts = Facts(program.graph_module)
+    homes = dict.fromkeys(_homes(program, facts).values())
     wanted = [h for h in homes if stack in (None, h[0]) and layer in (None, h[1])]
     if not wanted:
         depths = ", ".join(f"{name} 0-{depth - 1}" for name, depth in program.anatomy.layers.items())
@@ -57,7 +57,7 @@ def scene(program: Program, stack: str | None = None, layer: int | None = None) 
 
 def _interest(view: _View) -> tuple[bool, int]:
     """Layers before the head, then the one that most techniques touched; `max` takes the first of equals."""
-    return bool(view.techniques) and view.home[1] is not None, len(view.techniques)
+    return bool(view.techniques) and isinstance(view.home[1], int), len(view.techniques)
 
 
 class _View:
@@ -66,9 +66,12 @@ class _View:
     def __init__(self, program: Program, facts: Facts, home: Home) -> None:
         self.program, self.facts, self.home = program, facts, home
         self.sites = _by_node(graph_order(program.anatomy))
+        self.own = [node for node, at in _homes(program, facts).items() if at == home]
         self.inside = self._region()
         self.members = set(self.inside)
-        self.interior = {n for site in self._own_sites() for n in self._within(site) if not _author(n)}
+        self.interior = {
+            n for own in self.own for site in self.sites[own] for n in self._within(site) if not _author(n)
+        }
         self.shown: dict[fx.Node, Box] = {}
         for node in self.inside:
             self._show(node)
@@ -81,25 +84,17 @@ class _View:
     def _region(self) -> list[fx.Node]:
         """The layer's activations: from its first site to its last, and what passes put right behind that."""
         position = self.facts.position
-        last_layered = max((position[n] for n, s in self.sites.items() if s[0].layer is not None), default=-1)
-        own = [
-            position[n]
-            for n, s in self.sites.items()
-            if (s[0].stack, s[0].layer) == self.home and (s[0].layer is not None or position[n] > last_layered)
-        ]
-        start, stop = min(own, default=inf), max(own, default=-inf)
+        start, stop = min(position[n] for n in self.own), max(position[n] for n in self.own)
         following = min((position[n] for n in self.sites if position[n] > stop), default=len(self.facts.nodes))
         members: dict[fx.Node, None] = {}
         for node in self.facts.nodes:
             near = start <= position[node] < following and (position[node] <= stop or _author(node))
             if near and node in self.facts.activations and node.op != "output":
                 above = [n for n in self.facts.inputs[node] if n in self.facts.activations]
-                if any(position[n] < start or n in members for n in above):  # not what tables of positions alone give
+                begins = self.home[1] == "input" and self.facts.op[node] == "embedding"
+                if begins or any(position[n] < start or n in members for n in above):  # else a table of positions
                     members[node] = None
         return list(members)
-
-    def _own_sites(self) -> Iterator[Site]:
-        yield from (site for found in self.sites.values() for site in found if (site.stack, site.layer) == self.home)
 
     def _within(self, site: Site) -> set[fx.Node]:
         """What a site computes on the way to the node that is drawn for it."""
@@ -208,9 +203,9 @@ class _View:
 
     def scene(self) -> Scene:
         """The boxes with their flow, the layer's inputs and its output."""
-        stack, layer = self.home
-        of = f"{stack} layer {layer} of {self.program.anatomy.layers.get(stack)}"
-        made = Scene(f"{self.program.config.model_type} · {'head' if layer is None else of}")
+        stack, place = self.home
+        of = f"layer {place} of {self.program.anatomy.layers[stack]}" if isinstance(place, int) else place
+        made = Scene(f"{self.program.config.model_type} · {stack} {of}")
         made.techniques = self.techniques
         outside: dict[fx.Node, None] = {}
         flows: dict[bool, list[tuple[fx.Node, fx.Node]]] = {}
@@ -268,6 +263,18 @@ def _living(edges: list[tuple[str, str]]) -> list[tuple[str, str]]:
     while fresh := {a for a, b in edges if b in living} - living:
         living |= fresh
     return [edge for edge in edges if edge[1] in living]
+
+
+def _homes(program: Program, facts: Facts) -> dict[fx.Node, Home]:
+    """Where the node of each site is at home."""
+    position = facts.position
+    found: dict[fx.Node, Home] = {}
+    sites = _by_node(graph_order(program.anatomy))
+    first = {s[0].stack: position[n] for n, s in reversed(sites.items()) if s[0].layer is not None}
+    for node, (site, *_) in sites.items():
+        before = position[node] < first.get(site.stack, 0)
+        found[node] = site.stack, site.layer if site.layer is not None else "input" if before else "head"
+    return found
 
 
 def _by_node(sites: Iterable[Site]) -> dict[fx.Node, list[Site]]:
