@@ -52,7 +52,7 @@ class TaskModel(nn.Module):
         super().__init__()
         self.ledger = ledger
         self.inputs = inputs
-        self.head = head
+        self.head_name = head  # not `head`: a base may have a module of that name
         self.config = task_config(config, labels)
         self.label_names = (
             None if labels is None else [self.config.id2label[i] for i in range(len(self.config.id2label))]
@@ -139,10 +139,10 @@ class TaskModel(nn.Module):
         return torch.cat([first, labels[:, :-1].masked_fill(labels[:, :-1] == -100, self.config.pad_token_id)], 1)
 
     def _loss(self, output: Any, labels: Mapping[str, Any]) -> Tensor:
-        loss: Callable[..., Tensor] = cast(Any, LOSS_MAPPING[LOSSES[self.head]])
-        if self.head == "question-answering":
+        loss: Callable[..., Tensor] = cast(Any, LOSS_MAPPING[LOSSES[self.head_name]])
+        if self.head_name == "question-answering":
             return loss(output.start_logits, output.end_logits, **labels)
-        if self.head in ("sequence-classification", "token-classification"):
+        if self.head_name in ("sequence-classification", "token-classification"):
             return loss(labels["labels"], output.logits, config=self.config)
         return loss(output.logits.contiguous(), labels["labels"], vocab_size=output.logits.shape[-1])
 

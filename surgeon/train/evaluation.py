@@ -57,8 +57,8 @@ def evaluate_examples(model: TaskModel, examples: list[Example], pad: int, batch
 def check_rows(model: TaskModel, rows: Sequence[Row]) -> None:
     """Raise SpecError where the task is no classifier, DataError where a label is none of its own."""
     count = model.config.num_labels
-    if model.head != "sequence-classification" or count < 2:
-        what = f"head '{model.head}'" if model.head != "sequence-classification" else "a head of one number"
+    if model.head_name != "sequence-classification" or count < 2:
+        what = f"head '{model.head_name}'" if model.head_name != "sequence-classification" else "a head of one number"
         raise SpecError(
             f"rows of text and label train a classifier, and this task has {what}",
             try_="train Compiled.model(task) with transformers.Trainer",

@@ -34,7 +34,7 @@ MORE = {
     "mistral": _SIZES | {"num_key_value_heads": 2, "sliding_window": None},
 }
 CAUSAL = ("gptj", "falcon", "phi3", "mistral")
-BIASLESS = ("llama", "qwen3", "gemma2", "t5", "falcon", "phi3", "mistral", "modernbert")
+BIASLESS = ("llama", "qwen3", "gemma2", "t5", "phi3", "mistral", "modernbert")
 TECHNIQUES = {
     "lora": {"lora": {"rank": 3, "where": ["attention", "ffn"]}},
     "houlsby": {"adapter": {"bottleneck": 5}},
