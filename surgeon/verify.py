@@ -59,7 +59,7 @@ def verify(program: Program, before: Reference, *, identity: bool) -> None:
     """Raise InvariantError where an invariant does not hold.
 
     I1 the graph lints and every value has a shape; I2 base tensors are the checkpoint's; I3 what is trained is the
-    ledger's; I4 with default deltas (and, where `identity`, with fresh ones) the program is the base exactly; I5 two
+    ledger's; I4 with default deltas (and, where `identity`, with fresh ones) the program is the base; I5 two
     tasks share no tensor with each other or the base; I6 the same seed starts with the same bytes; I7 no place has the
     same part twice by two steps of one technique.
     """
@@ -104,9 +104,12 @@ def _i4_identity(program: Program, before: Reference, *, fresh: bool) -> None:
     for name, deltas in states.items():
         answer = run(program, deltas, before.inputs)
         assert before.answer is not None
-        if answer.shape != before.answer.shape or not torch.equal(answer, before.answer):
-            gap = (answer - before.answer).abs().max().item() if answer.shape == before.answer.shape else "shape"
-            raise InvariantError(f"I4: with {name} deltas the program is not the base (largest difference {gap})")
+        if answer.shape != before.answer.shape:
+            raise InvariantError(f"I4: with {name} deltas the output has shape {list(answer.shape)}")
+        gap = float((answer - before.answer).abs().max())
+        # Equal but for rounding: `h @ W` and `linear(h, W.T)` may take kernels that sum in another order.
+        if not gap <= 8 * torch.finfo(answer.dtype).eps * max(1.0, float(before.answer.abs().max())):
+            raise InvariantError(f"I4: with {name} deltas the program is not the base (largest difference {gap:g})")
 
 
 def _i5_apart(program: Program, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
