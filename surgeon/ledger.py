@@ -88,7 +88,7 @@ class Ledger:
     folds: list[Fold] = field(default_factory=list)
 
     def add(self, entry: Delta | Trained) -> None:
-        """Enter one tensor. Raises CompositionError where the name is taken."""
+        """Enter one tensor. Raises CompositionError where the name is taken or a shared free size differs."""
         taken = self.deltas.get(entry.name) or self.trained.get(entry.name)
         if taken:
             raise CompositionError(
@@ -96,9 +96,22 @@ class Ledger:
                 try_="leave one of the two out, or give them different sites with `where`",
             )
         if isinstance(entry, Delta):
+            self._check_sizes(entry)
             self.deltas[entry.name] = entry
         else:
             self.trained[entry.name] = entry
+
+    def _check_sizes(self, entry: Delta) -> None:
+        """Raise CompositionError where a free size that several sites share would have two values."""
+        known = symbols(self.deltas.values())
+        for axis, symbol in entry.free.items():
+            size = known.get(symbol, entry.shape[axis])
+            if size != entry.shape[axis]:
+                raise CompositionError(
+                    f"'{entry.technique}' wants {symbol} to be {entry.shape[axis]}, and it is {size} already",
+                    there_is="one size for all sites that share it",
+                    try_="the same size in both items, or one item for both",
+                )
 
     def parameters(self, sizes: Mapping[str, int] | None = None) -> dict[str, Start]:
         """How every trained tensor starts, for a task with these free sizes."""

@@ -10,6 +10,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import eager_mask
 
+from surgeon.errors import CompositionError
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from peft import PrefixTuningConfig, get_peft_model
@@ -156,3 +158,14 @@ def test_a_prefix_of_no_tokens_is_the_base_exactly(kind, lab):
     ours.load_state_dict({name: tensor[:, :0] for name, tensor in ours.state_dict().items()})
     fed = lab.feed(model, 3, 9, pad=2)
     assert torch.equal(ours(**fed).logits, model(**fed).logits)
+
+
+def test_two_items_of_one_stack_share_their_length_and_shift_positions_once(lab):
+    model = lab.base("gpt2")
+    items = [{"prefix": {"length": N, "where": f"attention@{layer}"}} for layer in (0, 1)]
+    ours, one = lab.operate(model, *items).model("a"), lab.operate(model, PREFIX).model("a")
+    one.load_state_dict(lab.move(ours).state_dict())
+    fed = lab.batch(model)
+    assert torch.equal(ours(**fed).logits, one(**fed).logits)
+    with pytest.raises(CompositionError, match=r"wants prefix.length.decoder to be 7, and it is 5 already"):
+        lab.operate(model, items[0], {"prefix": {"length": 7, "where": "attention@1"}})
