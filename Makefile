@@ -24,7 +24,7 @@ demo: setup ## compile one spec, train three tasks on real data, run them withou
 	$(BIN)/python -m demo
 
 test: setup lint ## linters, type checks and the default tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
