@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,14 +28,14 @@ from surgeon.errors import SurgeonError
 from surgeon.picture import picture
 from surgeon.runtime.manifest import check_files, hash_file, read_manifest
 
-HERE = Path(__file__).resolve().parent
-SPEC = HERE.parent / "specs" / "demo.yaml"
+HERE = Path(os.path.relpath(Path(__file__).parent))
+SPEC = Path(os.path.relpath(HERE.parent / "specs" / "demo.yaml"))
 OUT = HERE / "out"
 BUILD = OUT / "build"
 RESULTS = OUT / "results.json"
 TRAINING = ["--epochs", "3", "--learning-rate", "1e-3", "--max-length", "64", "--threads", "2"]
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 100)
 
 
 def main() -> None:
