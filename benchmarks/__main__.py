@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def main() -> None:
     chosen = sys.argv[1:] or list(ROOMS)
     console = Console()
     torch.set_num_threads(THREADS)
+    warnings.simplefilter("ignore")  # of the peers
     started = time.perf_counter()
     sections: list[Section] = []
     for name in chosen:

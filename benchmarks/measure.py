@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 THREADS = 2
+REST = 0.02
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,15 @@ class Section:
 
 
 def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, warm: int = 3) -> dict[str, list[float]]:
-    """Seconds of every variant, one call each a round, the order turned from round to round."""
+    """Seconds of every variant, one call each a round, in an order drawn anew each round.
+
+    Before each call the machine rests: the worker threads of whoever ran last spin for a while, and would slow the next.
+    """
     times: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
+    names, order = list(variants), random.Random(0)
     for i in range(-warm, rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        for name in order.sample(names, len(names)):
+            time.sleep(REST)
             start = time.perf_counter()
             variants[name]()
             if i >= 0:
