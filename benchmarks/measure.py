@@ -32,7 +32,7 @@ class Section:
 def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, warm: int = 3) -> dict[str, list[float]]:
     """Seconds of every variant, one call each a round, in an order drawn anew each round.
 
-    Before each call the machine rests: the worker threads of whoever ran last spin for a while, and would slow the next.
+    Before each call the machine rests: worker threads of whoever ran last spin for a while, and would slow the next.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     names, order = list(variants), random.Random(0)
