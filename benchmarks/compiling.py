@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.bases import BASES
 from benchmarks.measure import THREADS, Section
 
-ROUNDS = {"MiniLM-L6": 3, "BERT-base": 3}
+ROUNDS = {"MiniLM-L6": 3, "BERT-base": 2}
 
 
 def measure() -> Iterator[Section]:
