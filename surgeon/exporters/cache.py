@@ -91,7 +91,7 @@ def _store(entry: Path, folder: Path, facts: dict[str, Any]) -> None:
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=entry.parent))
         try:
             for name in FILES:
-                shutil.copyfile(folder / name, partial / name)
+                _link(folder / name, partial / name)
             hashes = {name: hash_file(partial / name) for name in FILES}
             (partial / "facts.json").write_text(json.dumps({"facts": facts, "sha256": hashes}), encoding="utf-8")
             partial.replace(entry)
@@ -101,6 +101,14 @@ def _store(entry: Path, folder: Path, facts: dict[str, Any]) -> None:
             shutil.rmtree(old, ignore_errors=True)
     except OSError:
         return
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where there can be none; what changes later is found by its hash."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _oldest_first(folder: Path) -> Iterator[Path]:
