@@ -29,9 +29,11 @@ RANDOM = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_
 
 
 @pytest.fixture
-def folder(base_folder: Path, tmp_path: Path) -> Path:
-    """A tiny classifier's folder, to be damaged."""
-    return Path(shutil.copytree(base_folder, tmp_path / "base"))
+def folder(base_folder: Path, tiny: Tiny, tmp_path: Path) -> Path:
+    """A tiny classifier's folder of two layers, to be damaged."""
+    copied = Path(shutil.copytree(base_folder, tmp_path / "base"))
+    tiny("bert").save_pretrained(copied)
+    return copied
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
