@@ -40,6 +40,14 @@ MOMENTS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """What runs in a shell's background ignores SIGINT, and so would all that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("marker", "delay"), MOMENTS)
 def test_an_interrupted_compile_leaves_nothing(surgeon, write_spec, unchanged, tmp_path, marker, delay):
     spec = write_spec("[lora: {rank: 2, where: [ffn.up]}]", "{mood: {labels: [good, bad]}, topic: {labels: 3}}")
