@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint sweep bench goldens docs clean
+.PHONY: help setup demo test lint sweep bench counts goldens docs clean
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ sweep: setup ## the wide and slow tests
 
 bench: setup ## latency, training, compile time and memory against the peers; writes docs/benchmarks.md
 	$(BIN)/python -m benchmarks
+
+counts: setup ## parameter counts on the papers' own configurations; writes docs/counts.md
+	$(BIN)/python -m benchmarks.counts
 
 goldens: setup ## write the golden graph texts anew
 	$(BIN)/python -m pytest tests/test_goldens.py --update-goldens
