@@ -123,7 +123,8 @@ class Lab:
 
     def train(self, model: nn.Module, of: PreTrainedModel, parameters: Iterable[Tensor], steps: int = 20) -> None:
         """Steps of AdamW over the batches of the base `of`, the same for whoever is trained."""
-        optimizer = torch.optim.AdamW(list(parameters), lr=1e-3, weight_decay=0.0)
+        # Adam divides by the gradient's size: an eps below its rounding would make whole steps of noise.
+        optimizer = torch.optim.AdamW(list(parameters), lr=1e-3, weight_decay=0.0, eps=1e-5)
         model.train()
         for step in range(steps):
             optimizer.zero_grad()

@@ -30,8 +30,9 @@ PEERS = {
 
 def peer(model, targets, seed=3, **options):
     """PEFT's LoRA on a copy, off its birth values; base parameters are frozen by PEFT."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
+        torch.manual_seed(seed)  # PEFT draws from the global generator, whose state depends on which tests ran before
         wrapped = get_peft_model(model, LoraConfig(target_modules=targets, **options)).eval()
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -83,7 +84,7 @@ def test_lora_equals_peft_with_copied_weights(anatomy, pair, lab):
         (found, grads), (wanted, peft_grads) = both_answer(ours.train(training), theirs.train(training), fed)
         assert lab.gap(model(**fed).logits, wanted.logits) > 1e-3
         assert lab.gap(found.logits, wanted.logits) <= 1e-6
-        assert lab.gap(grads, peft_grads) <= 1e-6
+        assert lab.gap(grads, peft_grads) <= 2e-6  # rounding: in double precision, below, it is 1e-11
 
 
 @pytest.mark.parametrize("anatomy", ["post_norm", "pre_norm", "weights_in_first", "encoder_decoder"])
