@@ -41,8 +41,11 @@ MOMENTS = [
 
 
 @pytest.fixture(autouse=True)
-def interruptible():
-    """What runs in a shell's background ignores SIGINT, and so would all that it starts."""
+def interruptible(built):
+    """What runs in a shell's background ignores SIGINT, and so would all that it starts.
+
+    `built` comes first: an import of torch's that is interrupted halfway would spoil it for all later tests.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
