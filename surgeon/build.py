@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from surgeon.base import Base
 from surgeon.base.loading import quiet
-from surgeon.errors import BuildError, DeltaError
+from surgeon.errors import BuildError
 from surgeon.exporters.cache import export_cached
 from surgeon.exporters.versions import tool_version, tool_versions
 from surgeon.graph_text import graph_text
@@ -121,37 +120,12 @@ def pack_task(build: Path, task: str, model: TaskModel, fingerprint: str) -> Non
         (build / name).unlink(missing_ok=True)
 
 
-def read_weights(path: Path, fingerprint: str) -> dict[str, Tensor]:
-    """Trained tensors from a safetensors file. Raises DeltaError for another base or a damaged file."""
-    if path.suffix != ".safetensors":
-        raise DeltaError(
-            "weights are read from .safetensors files only",
-            where=str(path),
-            try_="pickle files can run code when opened: convert it once where you trust it",
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise DeltaError(f"the weights cannot be read: {error}", where=str(path)) from error
-    theirs = metadata.get("base")
-    if theirs is not None and theirs != fingerprint:
-        raise DeltaError(
-            "the weights were trained on another base",
-            where=str(path),
-            there_is=f"their base: {theirs[:16]}; this base: {fingerprint[:16]}",
-            try_="deltas only fit the base they were trained on: compile with that base, or train again",
-        )
-    return tensors
-
-
 def _write_task(folder: Path, task: str, model: TaskModel, fingerprint: str) -> dict[str, Any]:
     """The task's two files under names that hold their hash; returns its manifest entry."""
     tasks = folder / "tasks"
     tasks.mkdir(exist_ok=True)
     trained = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
-    deployed = {n: t.detach().cpu().contiguous() for n, t in model.deployed().items()}
+    deployed = {n: t.detach().cpu().contiguous() for n, t in model.ledger.shrink(model.deployed()).items()}
     metadata = {"base": fingerprint}  # one key: safetensors writes several in another order every time
     entry: dict[str, Any] = {"labels": model.label_names, "sha256": {}}
     writers: dict[str, tuple[str, Callable[[Path], None]]] = {
@@ -206,6 +180,10 @@ def _document(contents: Contents, facts: Mapping[str, Any]) -> dict[str, Any]:
                 "site": d.site,
                 "part": d.part,
                 "role": d.role,
+                "stack": d.stack,
+                "layer": d.layer,
+                "optional": d.optional,
+                "droppable": d.droppable,
             }
             for d in program.ledger.deltas.values()
         ],

@@ -11,7 +11,7 @@ from torch import fx
 
 from surgeon.anatomy import find
 from surgeon.base import Base, load_base, open_base
-from surgeon.build import BASE, Contents, check_writable, pack_task, read_weights, write_build
+from surgeon.build import BASE, Contents, check_writable, pack_task, write_build
 from surgeon.errors import BuildError, DeltaError, SpecError, did_you_mean
 from surgeon.model import TaskModel
 from surgeon.module import switchable
@@ -23,6 +23,7 @@ from surgeon.registry import technique
 from surgeon.runtime.manifest import Task, hash_file, read_manifest
 from surgeon.spec import BaseSpec, HeadName, Spec, read_spec
 from surgeon.trace import text_inputs, trace
+from surgeon.weights import read_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +70,7 @@ class Compiled:
         """A task without labels keeps the base's own head, unless the spec trains one for all."""
         if self.spec.tasks[task].labels is not None or any(step.name == "head" for step in self.spec.steps):
             return frozenset()
-        return frozenset(name for name, d in self.program.ledger.deltas.items() if d.technique == "head")
+        return frozenset(name for name, d in self.program.ledger.deltas.items() if d.optional)
 
     @property
     def plan(self) -> Plan:
@@ -117,6 +118,7 @@ def compile(
         inputs=inputs,
         config=opened.model.config,
         head=opened.head,
+        fingerprint=opened.fingerprint,
         frozen=frozenset(n for n, _ in [*graph_module.named_parameters(), *graph_module.named_buffers()]),
     )
     report("operating")

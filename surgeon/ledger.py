@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Delta:
 
     `shape` is as this spec sizes it; the axes in `free` may have another size in every task, those that share
     a symbol the same one. Without `init` the tensor is not trained itself: a fold computes it.
+    `rate` multiplies the learning rate. A task may leave an `optional` delta to the base, as it may keep the base's own
+    head; a `droppable` one can be left out layer by layer at run time (AdapterDrop).
     """
 
     name: str
@@ -33,11 +35,16 @@ class Delta:
     site: str
     part: str
     role: str
+    stack: str = ""
+    layer: int | None = None
     shape: tuple[int, ...]
     free: Mapping[int, str]
     dtype: torch.dtype
     default: Tensor
     init: Init | None
+    rate: float = 1.0
+    optional: bool = False
+    droppable: bool = False
 
     def sample(self) -> Tensor:
         """Zeros to trace with: free axes of at least two, since sizes 0 and 1 are frozen by a trace."""
@@ -50,33 +57,79 @@ class Delta:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A tensor that is trained but not deployed, such as a weight of a prefix's reparametrisation."""
+    """A tensor that is trained but not deployed, such as a weight of a prefix's reparametrisation.
+
+    A `frozen` one belongs to the task and is saved with it, but keeps its starting value: an adapter under a fusion.
+    `free` names the axes whose size a task may choose, as in `Delta`.
+    """
 
     name: str
     technique: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     init: Init
+    free: Mapping[int, str] = field(default_factory=dict)
+    rate: float = 1.0
+    frozen: bool = False
 
 
 class Start(NamedTuple):
-    """Shape, initialisation and type of a trained tensor."""
+    """How a tensor of a task begins, and how it is trained."""
 
     shape: tuple[int, ...]
     init: Init
     dtype: torch.dtype
+    rate: float = 1.0
+    frozen: bool = False
 
 
 @dataclass(frozen=True)
 class Fold:
     """Computes the deployed tensors `outputs` from the trained tensors `inputs`; differentiable.
 
-    A name may stand on both sides: the trained `lora_B` is unscaled, the deployed one scaled.
+    A name may stand on both sides: the trained `lora_B` is unscaled, the deployed one scaled. `shrink` takes the
+    outputs to smaller tensors of the same function for the task file, say without the ranks that were pruned.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     fn: Callable[..., tuple[Tensor, ...]]
+    shrink: Callable[..., tuple[Tensor, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """A term that training adds to the loss: a scalar from trained tensors."""
+
+    inputs: tuple[str, ...]
+    fn: Callable[..., Tensor]
+
+
+class Schedule:
+    """What a technique does between the steps of a training run; each task has one of its own.
+
+    Steps count from 1 to `steps`. Whatever the steps to come depend on is in `state`, so that a run can be resumed.
+    """
+
+    def begin(self, model: Any, steps: int) -> None:
+        """Before the first step; forgets an earlier run. Raise SpecError where a run of so many steps does not fit."""
+
+    def before(self, model: Any, step: int) -> None:
+        """Before the forward pass of a step."""
+
+    def after(self, model: Any, step: int) -> None:
+        """After the optimiser's step, while its gradients are there."""
+
+    def settled(self, step: int) -> bool:
+        """Whether weights after this step may be kept as the best ones."""
+        return True
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors of a checkpoint."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint's tensors."""
 
 
 @dataclass
@@ -86,6 +139,8 @@ class Ledger:
     deltas: dict[str, Delta] = field(default_factory=dict)
     trained: dict[str, Trained] = field(default_factory=dict)
     folds: list[Fold] = field(default_factory=list)
+    penalties: list[Penalty] = field(default_factory=list)
+    schedules: list[Callable[[], Schedule]] = field(default_factory=list)
 
     def add(self, entry: Delta | Trained) -> None:
         """Enter one tensor. Raises CompositionError where the name is taken or a shared free size differs."""
@@ -115,8 +170,12 @@ class Ledger:
 
     def parameters(self, sizes: Mapping[str, int] | None = None) -> dict[str, Start]:
         """How every trained tensor starts, for a task with these free sizes."""
-        own = {d.name: Start(d.sized(sizes or {}), d.init, d.dtype) for d in self.deltas.values() if d.init}
-        return own | {t.name: Start(t.shape, t.init, t.dtype) for t in self.trained.values()}
+        own = {d.name: Start(d.sized(sizes or {}), d.init, d.dtype, d.rate) for d in self.deltas.values() if d.init}
+        return own | {t.name: Start(t.shape, t.init, t.dtype, t.rate, t.frozen) for t in self.trained.values()}
+
+    def free(self, name: str) -> Mapping[int, str]:
+        """The free axes of a trained tensor."""
+        return (self.deltas.get(name) or self.trained[name]).free
 
     def deploy(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Fold trained tensors into deployed ones, in the ledger's order."""
@@ -124,6 +183,18 @@ class Ledger:
         for fold in self.folds:
             folded.update(zip(fold.outputs, fold.fn(*(trained[n] for n in fold.inputs)), strict=True))
         return {n: folded[n] if n in folded else trained[n] for n in self.deltas}
+
+    def shrink(self, deployed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The deployed tensors as a task file holds them."""
+        smaller = dict(deployed)
+        for fold in self.folds:
+            if fold.shrink is not None:
+                smaller.update(zip(fold.outputs, fold.shrink(*(deployed[n] for n in fold.outputs)), strict=True))
+        return smaller
+
+    def dropped(self, layers: int) -> frozenset[str]:
+        """The deltas that AdapterDrop leaves out: droppable ones below layer `layers` of their stack."""
+        return frozenset(n for n, d in self.deltas.items() if d.droppable and d.layer is not None and d.layer < layers)
 
     def defaults(self) -> dict[str, Tensor]:
         """The deployed tensors with which the program is the base."""

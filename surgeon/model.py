@@ -69,15 +69,18 @@ class TaskModel(nn.Module):
             self._own(name, None)
         self._sizes = {} if labels is None else {"labels": labels if isinstance(labels, int) else len(labels)}
         device = next(self.parameters()).device
+        starts = ledger.parameters(self._sizes)
         for name, tensor in initial(ledger, seed, self._sizes).items():
             if name in kept:
                 default = ledger.deltas[name].default.to(device)
                 self._own(name, nn.Parameter(default, requires_grad=False))
             else:
-                self._own(name, nn.Parameter(tensor.to(device)))
-        self._trained = {n: start for n, start in ledger.parameters(self._sizes).items() if n not in kept}
+                self._own(name, nn.Parameter(tensor.to(device), requires_grad=not starts[name].frozen))
+        self._trained = {n: start for n, start in starts.items() if n not in kept}
         self._kept = frozenset(kept)
         self._replaced = [n for n in ledger.deltas if any(n in fold.outputs for fold in ledger.folds)]
+        self._dropped: dict[str, Tensor] = {}
+        self.schedules = [make() for make in ledger.schedules]
 
     def _own(self, name: str, parameter: nn.Parameter | None) -> None:
         """Put a parameter of this task in place, in modules that no other task shares."""
@@ -108,14 +111,37 @@ class TaskModel(nn.Module):
         targets = {"labels": labels, "start_positions": start_positions, "end_positions": end_positions}
         targets = {name: value for name, value in targets.items() if value is not None}
         if targets:
-            output = type(output)(loss=self._loss(output, targets), **{k: v for k, v in output.items() if k != "loss"})
+            loss = self._loss(output, targets)
+            if self.training:
+                loss = loss + self._penalty()
+            output = type(output)(loss=loss, **{k: v for k, v in output.items() if k != "loss"})
         return output
 
     def _run(self, inputs: Mapping[str, Tensor]) -> Any:
-        if not self._replaced:
+        if not self._replaced and not self._dropped:
             return self._graph(**inputs)
         deployed = self.deployed()
-        return functional_call(self._graph, {n: deployed[n] for n in self._replaced}, (), dict(inputs))
+        replaced = {n: deployed[n] for n in self._replaced} | self._dropped
+        return functional_call(self._graph, replaced, (), dict(inputs))
+
+    def _penalty(self) -> Tensor | float:
+        own = dict(self.named_parameters()) if self.ledger.penalties else {}
+        return sum((p.fn(*(own[n] for n in p.inputs)) for p in self.ledger.penalties), 0.0)
+
+    def drop(self, layers: int) -> None:
+        """Leave out what can be dropped in the first `layers` layers of every stack, until told otherwise."""
+        names = self.ledger.dropped(layers)
+        device = next(self.parameters()).device
+        self._dropped = {n: self.ledger.deltas[n].default.to(device) for n in names}
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """What is trained, as groups for an optimiser: one for each factor of the learning rate (LoRA+)."""
+        groups: dict[float, list[Tensor]] = {}
+        for name, start in self._trained.items():
+            parameter = self.get_parameter(name)
+            if parameter.requires_grad:
+                groups.setdefault(start.rate, []).append(parameter)
+        return [{"params": params, "lr": learning_rate * rate} for rate, params in groups.items()]
 
     def _complete(self, given: dict[str, Tensor], labels: Tensor | None) -> dict[str, Tensor]:
         names = [i.name for i in self.inputs]
@@ -147,10 +173,10 @@ class TaskModel(nn.Module):
         return loss(output.logits.contiguous(), labels["labels"], vocab_size=output.logits.shape[-1])
 
     def deployed(self) -> dict[str, Tensor]:
-        """The task's tensors in the form the graph reads: folded, differentiable."""
+        """The task's tensors in the form the graph reads: folded, differentiable; defaults where they are dropped."""
         every = dict(self.named_parameters())
         deployed = self.ledger.deploy({name: every[name] for name in self.ledger.parameters()})
-        return {name: tensor for name, tensor in deployed.items() if name not in self._kept}
+        return {name: self._dropped.get(name, t) for name, t in deployed.items() if name not in self._kept}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The task's trained tensors only."""
@@ -168,7 +194,7 @@ class TaskModel(nn.Module):
                 with torch.no_grad():
                     own.copy_(fresh)
             else:
-                self._own(name, nn.Parameter(fresh.clone()))
+                self._own(name, nn.Parameter(fresh.clone(), requires_grad=own.requires_grad))
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
 
@@ -189,7 +215,7 @@ def check_trained(
     known = dict(sizes)
     for name, start in wanted.items():
         tensor = tensors[name]
-        free = ledger.deltas[name].free if name in ledger.deltas else {}
+        free = ledger.free(name)
         fits = tensor.dim() == len(start.shape) and all(
             got == (known.setdefault(free[axis], got) if axis in free else size)
             for axis, (got, size) in enumerate(zip(tensor.shape, start.shape, strict=True))

@@ -17,7 +17,7 @@ from torch.fx.node import Argument
 from surgeon.anatomy import Anatomy, Site
 from surgeon.dataflow import ancestors, descendants
 from surgeon.errors import CompositionError, InvariantError
-from surgeon.ledger import Delta, Fold, Init, Ledger, Trained, generator
+from surgeon.ledger import Delta, Fold, Init, Ledger, Penalty, Schedule, Trained, generator
 from surgeon.ledger import value as base_value
 from surgeon.trace import Input
 
@@ -27,7 +27,7 @@ class Program:
     """A model under surgery.
 
     `graph_module` holds base parameters under checkpoint names and one example parameter per delta;
-    `frozen` names the base's tensors.
+    `frozen` names the base's tensors; `fingerprint` is empty where the base has no weights.
     """
 
     graph_module: fx.GraphModule
@@ -36,8 +36,10 @@ class Program:
     config: Any
     head: str
     frozen: frozenset[str]
+    fingerprint: str = ""
     ledger: Ledger = field(default_factory=Ledger)
     applied: list[str] = field(default_factory=list)
+    constants: dict[str, Tensor] = field(default_factory=dict)
     _current: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _edges: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
     _author: tuple[str, str] = ("", "")
@@ -97,6 +99,9 @@ class Program:
         default: Tensor | None = None,
         dtype: torch.dtype | None = None,
         qualifier: str = "",
+        rate: float = 1.0,
+        optional: bool = False,
+        droppable: bool = False,
     ) -> Delta:
         """Make a delta at `site` and enter it in the ledger.
 
@@ -124,46 +129,106 @@ class Program:
             site=site.path,
             part=part,
             role=site.role,
+            stack=site.stack,
+            layer=site.layer,
             shape=tuple(shape),
             free=free,
             dtype=dtype,
             default=default.detach().to("cpu", copy=True) if default.device.type != "meta" else default,
             init=init,
+            rate=rate,
+            optional=optional,
+            droppable=droppable,
         )
         self.ledger.add(delta)
         self._makers[name] = self._author
         example = init(delta.shape, generator(name)) if init else torch.zeros(delta.shape)
-        self._register(name, torch.nn.Parameter(example.to(dtype)))
+        self._owner(name).register_parameter(name.rpartition(".")[2], torch.nn.Parameter(example.to(dtype)))
         return delta
 
     def maker(self, name: str) -> tuple[str, str]:
         """The technique and the step of the spec that made a delta."""
         return self._makers[name]
 
-    def trained(self, name: str, shape: Sequence[int], init: Init) -> Trained:
-        """Enter a tensor that is trained but folded away before deployment."""
-        entry = Trained(name=name, technique=self._author[0], shape=tuple(shape), dtype=self.dtype, init=init)
+    def trained(
+        self,
+        name: str,
+        shape: Sequence[int],
+        init: Init,
+        *,
+        free: Mapping[int, str] | None = None,
+        rate: float = 1.0,
+        frozen: bool = False,
+    ) -> Trained:
+        """Enter a tensor that is trained but folded away before deployment. `free` maps axes to whole symbols."""
+        entry = Trained(
+            name=name,
+            technique=self._author[0],
+            shape=tuple(shape),
+            dtype=self.dtype,
+            init=init,
+            free=dict(free or {}),
+            rate=rate,
+            frozen=frozen,
+        )
+        if self._makers.get(name) == self._author:
+            return self.ledger.trained[name]
         self.ledger.add(entry)
+        self._makers[name] = self._author
         return entry
 
-    def fold(self, inputs: Sequence[str], outputs: Sequence[str], fn: Callable[..., tuple[Tensor, ...]]) -> None:
+    def fold(
+        self,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        fn: Callable[..., tuple[Tensor, ...]],
+        shrink: Callable[..., tuple[Tensor, ...]] | None = None,
+    ) -> None:
         """Say how deployed tensors come from trained ones; once for a delta that several sites share."""
         if not any(set(outputs) & set(known.outputs) for known in self.ledger.folds):
-            self.ledger.folds.append(Fold(tuple(inputs), tuple(outputs), fn))
+            self.ledger.folds.append(Fold(tuple(inputs), tuple(outputs), fn, shrink))
+
+    def penalty(self, inputs: Sequence[str], fn: Callable[..., Tensor]) -> None:
+        """Let training add `fn(*trained tensors)`, a scalar, to the loss."""
+        self.ledger.penalties.append(Penalty(tuple(inputs), fn))
+
+    def schedule(self, make: Callable[[], Schedule]) -> None:
+        """Let every training run of a task do between its steps what `make()` says."""
+        self.ledger.schedules.append(make)
+
+    def constant(self, name: str, make: Callable[[], Tensor]) -> fx.Node:
+        """A tensor that all tasks share and none trains, such as VeRA's random matrices; made once for its name.
+
+        It becomes an initializer of the base's graph, so every compile must make the same bytes.
+        """
+        made: list[fx.Node] = [node for node in self.graph.nodes if node.op == "get_attr" and node.target == name]
+        if made:
+            return made[0]
+        parameter = next(self.graph_module.parameters())
+        tensor = make().to(parameter.device, parameter.dtype)
+        self._owner(name).register_buffer(name.rpartition(".")[2], tensor)
+        self.constants[name] = tensor
+        last = max(n for n in self.graph.nodes if n.op == "placeholder")
+        with self.graph.inserting_before(last.next):
+            node = self.graph.get_attr(name)
+        modes = (n.meta["val"].fake_mode for n in self.graph.nodes if isinstance(n.meta.get("val"), FakeTensor))
+        node.meta["val"] = next(modes).from_tensor(tensor, static_shapes=True)
+        node.meta["surgeon"] = self._author
+        return node
 
     @property
     def dtype(self) -> torch.dtype:
         """The base's floating type."""
         return next(p.dtype for p in self.graph_module.parameters() if p.is_floating_point())
 
-    def _register(self, name: str, parameter: torch.nn.Parameter) -> None:
-        owner, _, leaf = name.rpartition(".")
+    def _owner(self, name: str) -> torch.nn.Module:
+        """The module that holds a tensor of this name, made where there is none."""
         module: torch.nn.Module = self.graph_module
-        for part in filter(None, owner.split(".")):
+        for part in filter(None, name.rpartition(".")[0].split(".")):
             if not isinstance(module._modules.get(part), torch.nn.Module):
                 module.add_module(part, torch.nn.Module())
             module = getattr(module, part)
-        module.register_parameter(leaf, parameter)
+        return module
 
     # -- rewriting ------------------------------------------------------------------------------------------------
 
@@ -233,7 +298,7 @@ class Program:
             self._edges[reader, operand] = result
         return result
 
-    def take_over(self, site: Site, part: str, name: str) -> Delta:
+    def take_over(self, site: Site, part: str, name: str, *, optional: bool = False) -> Delta:
         """Make the base's parameter `name` a delta that starts at its value; every reader reads the delta instead.
 
         Sites that share the parameter share the delta. Raises CompositionError where another pass has taken it.
@@ -247,7 +312,7 @@ class Program:
                 )
             return delta
         base = self.tensor(name)
-        delta = self.delta(site, part, base.shape, base_value(base), default=base, dtype=base.dtype)
+        delta = self.delta(site, part, base.shape, base_value(base), default=base, dtype=base.dtype, optional=optional)
         self._taken[name] = (delta, self._author)
         for node in self.graph.nodes:
             if node.op == "get_attr" and node.target == name:

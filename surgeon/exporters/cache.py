@@ -49,7 +49,8 @@ def cache_key(program: Program, fingerprint: str, opset: int) -> str:
         for d in program.ledger.deltas.values()
     ]
     tools = {"modelsurgeon": tool_version("modelsurgeon")} | tool_versions()
-    parts = [fingerprint, graph_text(program), deltas, opset, tools]
+    constants = {n: hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for n, t in program.constants.items()}
+    parts = [fingerprint, graph_text(program), deltas, constants, opset, tools]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

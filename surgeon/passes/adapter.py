@@ -80,10 +80,11 @@ class Adapter(Pass):
     def _adapt(self, program: Program, join: Join) -> None:
         d, m = join.width, self.bottleneck
         free = "bottleneck"
-        down = program.delta(join, "down.weight", (d, m), truncated_normal(0.01, 0.02), free={1: free})
-        down_bias = program.delta(join, "down.bias", (m,), zeros, free={0: free})
-        up = program.delta(join, "up.weight", (m, d), zeros, free={0: free})
-        up_bias = program.delta(join, "up.bias", (d,), zeros)
+        start = truncated_normal(0.01, 0.02)
+        down = program.delta(join, "down.weight", (d, m), start, free={1: free}, droppable=True)
+        down_bias = program.delta(join, "down.bias", (m,), zeros, free={0: free}, droppable=True)
+        up = program.delta(join, "up.weight", (m, d), zeros, free={0: free}, droppable=True)
+        up_bias = program.delta(join, "up.bias", (d,), zeros, droppable=True)
         deltas = (down, down_bias, up, up_bias)
         self._scale_up(program, up, up_bias)
         f = self._mlp

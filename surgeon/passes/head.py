@@ -56,9 +56,10 @@ class Head(Pass):
             normal(self.std),
             free={1: "=labels"},
             default=base if site.in_first else base.T,
+            optional=True,
         )
         base_bias = program.tensor(site.bias) if site.bias else torch.zeros(site.out_features, dtype=base.dtype)
-        bias = program.delta(site, "head.bias", (labels,), zeros, free={0: "=labels"}, default=base_bias)
+        bias = program.delta(site, "head.bias", (labels,), zeros, free={0: "=labels"}, default=base_bias, optional=True)
 
         def classified(y: Tensor, h: Tensor, w: Tensor, b: Tensor) -> Tensor:
             return (h.unsqueeze(-2) @ w).squeeze(-2) + b if h.dim() == 2 else h @ w + b
@@ -69,4 +70,4 @@ class Head(Pass):
         for site in select(program.anatomy, selectors("head.dense"), Projection):
             for part, name in (("weight", site.weight), ("bias", site.bias)):
                 if name is not None:
-                    program.take_over(site, part, name)
+                    program.take_over(site, part, name, optional=True)

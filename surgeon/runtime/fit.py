@@ -12,7 +12,7 @@ from surgeon.errors import DeltaError, shorten
 from surgeon.runtime.manifest import Delta, Manifest
 from surgeon.runtime.taskfile import Array, dtype_name, model_version
 
-HEAD = "head"  # the technique of a task's own classifier, the only deltas that a task may leave out
+LABELS = "labels"  # the symbol of the size that a task's own head chooses
 
 
 def check_base(manifest: Manifest, version: int, where: str) -> None:
@@ -35,9 +35,9 @@ def check_task(
 
     A task with `labels` brings its own head of as many columns; without, it may also keep the base's head.
     """
-    head = {delta.name for delta in manifest.deltas if delta.technique == HEAD}
-    with_head = bool(head) and (labels is not None or not head.isdisjoint(tensors))
-    wanted = {delta.name: delta for delta in manifest.deltas if with_head or delta.name not in head}
+    optional = {delta.name for delta in manifest.deltas if delta.optional}
+    with_head = bool(optional) and (labels is not None or not optional.isdisjoint(tensors))
+    wanted = {delta.name: delta for delta in manifest.deltas if with_head or delta.name not in optional}
     _check_names(wanted, tensors, where)
     _check_shapes(wanted.values(), tensors, where)
     sizes = _sizes(wanted.values(), tensors, where)
@@ -48,10 +48,11 @@ def check_task(
 
 
 def columns(manifest: Manifest, tensors: Mapping[str, Array]) -> int | None:
-    """Columns of the task's own head, None where it keeps the base's. A head's last axis is its labels."""
+    """Columns of the task's own head, None where it keeps the base's."""
     for delta in manifest.deltas:
-        if delta.technique == HEAD and delta.name in tensors:
-            return int(tensors[delta.name].shape[-1])
+        for axis, symbol in delta.free.items():
+            if symbol == LABELS and delta.name in tensors:
+                return int(tensors[delta.name].shape[axis])
     return None
 
 

@@ -48,7 +48,10 @@ class Port:
 
 @dataclass(frozen=True)
 class Delta:
-    """One tensor of a task; `free` maps an axis to the symbol of the size that a task file may choose."""
+    """One tensor of a task; `free` maps an axis to the symbol of the size that a task file may choose.
+
+    A task may leave an `optional` one to the base; a call may leave out `droppable` ones of lower layers.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -58,6 +61,10 @@ class Delta:
     site: str
     part: str
     role: str
+    stack: str
+    layer: int | None
+    optional: bool
+    droppable: bool
 
     @cached_property
     def axes(self) -> tuple[str | int, ...]:
@@ -252,9 +259,18 @@ def _delta(item: Fields) -> Delta:
     if not all(axis.isdecimal() and int(axis) < len(shape) and isinstance(free[axis], str) for axis in free):
         raise item.fault("free", "a map from axis to symbol")
     return Delta(
+        name=item.get("name", str),
         shape=tuple(shape),
         free=MappingProxyType({int(axis): symbol for axis, symbol in free.items()}),
-        **{key: item.get(key, str) for key in ("name", "dtype", "technique", "site", "part", "role")},
+        dtype=item.get("dtype", str),
+        technique=item.get("technique", str),
+        site=item.get("site", str),
+        part=item.get("part", str),
+        role=item.get("role", str),
+        stack=item.get("stack", str),
+        layer=item.optional("layer", int),
+        optional=item.get("optional", bool),
+        droppable=item.get("droppable", bool),
     )
 
 

@@ -76,7 +76,9 @@ class Run:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         if not self.trained:
             raise DeltaError("this task has no deltas to train", try_="give it a surgery, or labels")
-        self.optimizer = torch.optim.AdamW(self.trained, options.learning_rate, weight_decay=options.weight_decay)
+        groups = model.parameter_groups(options.learning_rate)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
+        self.rates = [group["lr"] for group in groups]
         self.optimizer.zero_grad()
         batches = math.ceil(rows / options.batch_size)
         self.epoch_steps = math.ceil(batches / options.gradient_accumulation)
@@ -87,7 +89,10 @@ class Run:
         self.history: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
         self.best_epoch = 0
+        self.best_settled = False
         self.stopped = False
+        for schedule in model.schedules:
+            schedule.begin(model, self.total)
         self.seconds = 0.0
         self.timed = 0
 
@@ -116,6 +121,8 @@ class Run:
     def _advance(self, batches: list[dict[str, Tensor]], callbacks: Sequence[StepCallback]) -> None:
         """One optimiser step on the mean loss of `batches`."""
         total = 0.0
+        for schedule in self.model.schedules:
+            schedule.before(self.model, self.step + 1)
         for batch in batches:
             loss = self.model(**batch).loss / len(batches)
             loss.backward()
@@ -124,12 +131,14 @@ class Run:
         if not (math.isfinite(total) and torch.isfinite(norm)):
             what = "the gradient is not finite" if math.isfinite(total) else f"the loss is {total}"
             raise self._diverged(what, self.step + 1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.options.learning_rate * schedule(self.step, self.total, self.options)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * share(self.step, self.total, self.options)
         self.optimizer.step()
         self.step += 1
         self.last_loss = total
         self.losses += total
+        for schedule in self.model.schedules:
+            schedule.after(self.model, self.step)
         for callback in callbacks:
             callback(self.model, self.step, self.total)
         self.optimizer.zero_grad()
@@ -148,7 +157,9 @@ class Run:
         accuracy = found.accuracy if found else None
         self.history.append(Epoch(len(self.history) + 1, loss, found.loss if found else None, accuracy))
         best = self.history[self.best_epoch - 1].accuracy if self.best_epoch else None
-        if accuracy is None or best is None or accuracy > best:
+        settled = all(s.settled(self.step) for s in self.model.schedules)
+        if accuracy is None or best is None or accuracy > best or (settled and not self.best_settled):
+            self.best_settled = settled
             self.best_epoch = len(self.history)
             self.best = copy_weights(self.model)
         patience = self.options.patience
@@ -169,6 +180,8 @@ class Run:
         tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{name}": moment for name, moment in moments.items()}
+        for index, schedule in enumerate(self.model.schedules):
+            tensors |= {f"schedule/{index}/{name}": tensor for name, tensor in schedule.state().items()}
         tensors["random/cpu"] = torch.get_rng_state()
         for device in cuda_devices(self.model):
             tensors["random/cuda"] = torch.cuda.get_rng_state(device)
@@ -176,6 +189,7 @@ class Run:
             "identity": self.identity,
             "history": [asdict(epoch) for epoch in self.history],
             "best_epoch": self.best_epoch,
+            "best_settled": self.best_settled,
             "losses": self.losses,
             "last_loss": self.last_loss,
             "stopped": self.stopped,
@@ -192,12 +206,15 @@ class Run:
             index, name = path.split("/")
             moments.setdefault(int(index), {})[name] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        for place, schedule in enumerate(self.model.schedules):
+            schedule.restore(_under(found.tensors, f"schedule/{place}"))
         torch.set_rng_state(found.tensors["random/cpu"])
         for device in cuda_devices(self.model):
             torch.cuda.set_rng_state(found.tensors["random/cuda"], device)
         self.step = found.step
         self.history = [Epoch(**epoch) for epoch in found.state["history"]]
         self.best_epoch, self.stopped = found.state["best_epoch"], found.state["stopped"]
+        self.best_settled = found.state["best_settled"]
         self.losses, self.last_loss = found.state["losses"], found.state["last_loss"]
 
     def finish(self, found: Checkpoint | None) -> TrainResult:
@@ -215,7 +232,7 @@ class Run:
         )
 
 
-def schedule(step: int, total: int, options: TrainOptions) -> float:
+def share(step: int, total: int, options: TrainOptions) -> float:
     """The share of the learning rate at a step: up to 1 over the warm-up, then down to 0 or level."""
     warmup = int(options.warmup * total)
     if step < warmup:

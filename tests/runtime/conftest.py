@@ -144,6 +144,10 @@ def manifest_doc(build: Path, fingerprint: str, tasks: dict[str, Any]) -> dict[s
             "site": name.rsplit(".", 1)[0],
             "part": name.rsplit(".", 1)[1],
             "role": "other",
+            "stack": "encoder",
+            "layer": 0,
+            "optional": "head" in name,
+            "droppable": False,
         }
         for name, axes in FREE.items()
     ]

@@ -69,6 +69,7 @@ class Lab:
             inputs=text_inputs(model),
             config=model.config,
             head=opened.head,
+            fingerprint=opened.fingerprint,
             frozen=frozenset(n for n, _ in [*graph_module.named_parameters(), *graph_module.named_buffers()]),
         )
         return Compiled(spec, opened, run_passes(program, list(passes(spec))))
