@@ -34,7 +34,6 @@ sys.meta_path.insert(0, NotHere())
 
 import numpy as np  # noqa: E402
 from rich.console import Console  # noqa: E402
-from rich.progress import track  # noqa: E402
 
 from surgeon.runtime import Session  # noqa: E402
 
@@ -66,12 +65,8 @@ def test(session: Session, build: Path, task: str, path: Path, kept: dict[str, A
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     texts = [row["text"] for row in rows]
-    batches = [texts[i : i + 32] for i in range(0, len(texts), 32)]
-    answers = [
-        answer
-        for batch in track(batches, f"serving {task}", console=Console(stderr=True), transient=True)
-        for answer in session.classify(batch, task, max_length=MAX_LENGTH)
-    ]
+    with Console(stderr=True).status(f"serving {len(texts)} texts to {task}"):
+        answers = session.classify(texts, task, max_length=MAX_LENGTH)
     right = sum(answer.label == row["label"] for answer, row in zip(answers, rows, strict=True))
     first = session.encode(texts[:COMPARED], max_length=MAX_LENGTH)
     kept |= {f"{task}.{name}": array for name, array in first.items()}

@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from surgeon.base import fingerprint, load_base, open_base
+from surgeon.base.configuration import written_config
 from surgeon.base.heads import AUTO, head_of
 from surgeon.errors import BaseError, SpecError
 from surgeon.spec import BaseSpec, HeadName
@@ -368,3 +369,10 @@ def test_the_fingerprint_knows_classes_and_ties(tiny: Tiny) -> None:
     same = type("Other", (type(tied),), {})(tied.config)
     same.load_state_dict(tied.state_dict())
     assert fingerprint(same) != fingerprint(tied)
+
+
+def test_a_written_configuration_may_hold_what_only_the_models_code_reads() -> None:
+    config = written_config({"model_type": "deberta-v2", "position_buckets": 8})
+    assert config.position_buckets == 8
+    with pytest.raises(SpecError, match="position_bucket"):
+        written_config({"model_type": "deberta-v2", "position_bucket": 8})

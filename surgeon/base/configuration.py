@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,7 +54,7 @@ def written_config(options: Mapping[str, object]) -> PretrainedConfig:
     known, generation = _keys(cls), cast(Any, GenerationConfig)()
     beside = ROPE | generation.to_dict().keys()
     for key in rest:
-        if not (key in known or hasattr(cls, key) or key in beside):
+        if not (key in known or hasattr(cls, key) or key in beside or _read_by_model(cls, key)):
             what, where = f"a {kind} configuration has no '{key}'", f"base.config.{key}"
             raise SpecError(what, where=where, try_=did_you_mean(key, known), there_is=known)
     try:
@@ -63,6 +64,12 @@ def written_config(options: Mapping[str, object]) -> PretrainedConfig:
         raise SpecError(f"a {kind} configuration does not take this: {what}", where="base.config") from error
     assert isinstance(config, PretrainedConfig)
     return config
+
+
+def _read_by_model(cls: Any, key: str) -> bool:
+    """Whether the model's code asks for a key that its configuration class does not declare."""
+    spec = find_spec(cls.__module__.replace("configuration_", "modeling_"))
+    return spec is not None and spec.origin is not None and f'"{key}"' in Path(spec.origin).read_text(encoding="utf-8")
 
 
 def _keys(cls: Any) -> list[str]:

@@ -21,7 +21,7 @@ from surgeon.runtime.manifest import MODEL, Manifest, check_files, read_manifest
 from surgeon.runtime.ort import ORT_ERRORS
 from surgeon.runtime.taskfile import Array
 from surgeon.runtime.tasks import RunnableTask, TaskInfo, load_task, name_of
-from surgeon.runtime.text import Text, Texts, read_texts
+from surgeon.runtime.text import Text, Texts, check_texts, length, read_texts
 
 
 class Session:
@@ -161,13 +161,20 @@ class Session:
     def classify(
         self, texts: Sequence[Text], task: str | None = None, *, batch: int = 32, max_length: int | None = None
     ) -> list[Answer]:
-        """The likeliest label of every text. Labels without names are numbered from 0."""
+        """The likeliest label of every text. Labels without names are numbered from 0.
+
+        Texts of like length share a batch, so that little is spent on padding; answers come in the order of the texts.
+        """
         active = self._task(task)
         labels = None if active is None else active.info.labels
-        found: list[Answer] = []
-        for start in range(0, len(texts), batch):
-            found += answers(self._run(self.encode(texts[start : start + batch], max_length), active), labels)
-        return found
+        check_texts(texts)
+        order = sorted(range(len(texts)), key=lambda i: length(texts[i]))
+        found: dict[int, Answer] = {}
+        for start in range(0, len(order), batch):
+            part = order[start : start + batch]
+            outputs = self._run(self.encode([texts[i] for i in part], max_length), active)
+            found.update(zip(part, answers(outputs, labels), strict=True))
+        return [found[i] for i in range(len(texts))]
 
     def close(self) -> None:
         """Let go of the model and the tasks. Runs under way end undisturbed; later ones raise BuildError."""

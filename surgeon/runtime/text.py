@@ -29,8 +29,7 @@ class Texts:
 
     def encode(self, texts: Sequence[Text], ports: Sequence[Port], max_length: int | None = None) -> dict[str, Array]:
         """Arrays for those inputs of the graph that a tokenizer makes. Raises DataError for what is no text."""
-        if isinstance(texts, str) or not all(_is_text(text) for text in texts):
-            raise DataError("texts are a list of strings, or of pairs of strings", try_="one text is a list of one")
+        check_texts(texts)
         if not texts:
             raise DataError("there are no texts")
         tokenizer = self._limited(max_length)
@@ -97,6 +96,17 @@ def _pad_token(tokenizer: Tokenizer) -> dict[str, Any] | None:
     special = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     pads = [(i, content) for i, content in special.items() if "pad" in content.casefold()]
     return {"pad_id": pads[0][0], "pad_token": pads[0][1]} if len(pads) == 1 else None
+
+
+def check_texts(texts: Sequence[Text]) -> None:
+    """Raise DataError for what is no list of texts."""
+    if isinstance(texts, str) or not all(_is_text(text) for text in texts):
+        raise DataError("texts are a list of strings, or of pairs of strings", try_="one text is a list of one")
+
+
+def length(text: Text) -> int:
+    """Characters, a stand-in for tokens where only the order matters."""
+    return len(text) if isinstance(text, str) else sum(map(len, text))
 
 
 def _is_text(text: object) -> bool:

@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from surgeon.compiler import load
 from surgeon.errors import SpecError, did_you_mean
 from surgeon.ledger import initial
+from surgeon.model import TaskModel
 from surgeon.runtime.manifest import read_manifest
 from surgeon.train.batches import load_tokenizer
-from surgeon.train.checkpoint import clear_checkpoints
+from surgeon.train.checkpoint import clear_checkpoints, newest_checkpoint
 from surgeon.train.loop import ProgressCallback, train_task
 from surgeon.train.options import TrainOptions
 from surgeon.train.rows import Labels, Row, hold_out, known_labels, labels_of, read_rows
@@ -48,8 +50,9 @@ def train_build(
     compiled = load(build, progress=say)
     model = compiled.model(task)
     rows, held = early or _rows(labels_of(model), *sources)
-    if fresh:
+    if fresh or _packed_already(folder, model):
         clear_checkpoints(folder)
+    if fresh:
         sizes = {"labels": model.config.num_labels}
         model.load_state_dict(initial(model.ledger, f"{compiled.spec.seed}/{task}", sizes))
     tokenizer = load_tokenizer(build, compiled.base.max_length)
@@ -62,6 +65,14 @@ def train_build(
     if folder.parent.is_dir() and not any(folder.parent.iterdir()):
         shutil.rmtree(folder.parent)
     return result
+
+
+def _packed_already(folder: Path, model: TaskModel) -> bool:
+    """Whether the run that left a checkpoint was stopped after its outcome had been packed."""
+    found = newest_checkpoint(folder)
+    own = model.state_dict()
+    best = {} if found is None else found.under("best")
+    return bool(best) and best.keys() == own.keys() and all(torch.equal(best[n], t.cpu()) for n, t in own.items())
 
 
 def _labels(build: Path, task: str) -> Labels | None:

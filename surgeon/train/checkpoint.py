@@ -18,11 +18,16 @@ NAME = re.compile(r"step-(\d{8,})\.safetensors(\.partial)?")
 
 
 class Checkpoint(NamedTuple):
-    """Tensors by name (`weights/…`, `best/…`, `optimizer/…`, `random/…`) and a JSON value for all else."""
+    """Tensors by name (`weights/…`, `best/…`, `optimizer/…`, `schedule/…`, `random/…`) and JSON for all else."""
 
     step: int
     tensors: dict[str, Tensor]
     state: dict[str, Any]
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors of one kind, by the rest of their names."""
+        start = f"{prefix}/"
+        return {name.removeprefix(start): t for name, t in self.tensors.items() if name.startswith(start)}
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

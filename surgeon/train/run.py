@@ -199,15 +199,15 @@ class Run:
     def restore(self, found: Checkpoint, folder: Path | None) -> None:
         """Go back to where a checkpoint was written. Raises DataError where it is of another run."""
         check_same_run(found.state["identity"], self.identity, folder)
-        self.model.load_state_dict(_under(found.tensors, "weights"))
-        self.best = _under(found.tensors, "best")
+        self.model.load_state_dict(found.under("weights"))
+        self.best = found.under("best")
         moments: dict[int, dict[str, Tensor]] = {}
-        for path, tensor in _under(found.tensors, "optimizer").items():
+        for path, tensor in found.under("optimizer").items():
             index, name = path.split("/")
             moments.setdefault(int(index), {})[name] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         for place, schedule in enumerate(self.model.schedules):
-            schedule.restore(_under(found.tensors, f"schedule/{place}"))
+            schedule.restore(found.under(f"schedule/{place}"))
         torch.set_rng_state(found.tensors["random/cpu"])
         for device in cuda_devices(self.model):
             torch.cuda.set_rng_state(found.tensors["random/cuda"], device)
@@ -246,10 +246,6 @@ def share(step: int, total: int, options: TrainOptions) -> float:
 def copy_weights(model: TaskModel) -> dict[str, Tensor]:
     """The task's tensors as they are now."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
 
 
 def cuda_devices(model: TaskModel) -> list[torch.device]:

@@ -145,6 +145,14 @@ def tokenizer_with(special):
     return tokenizer.to_str()
 
 
+def test_answers_come_in_the_order_of_the_texts_whatever_their_lengths(session):
+    texts = ["w2 w3 w4 w5 w6", "w7", "w2 w9 w4", ("w3", "w5"), "w8"]
+    together = session.classify(texts, task="topics", batch=2)
+    alone = [session.classify([text], task="topics")[0] for text in texts]
+    assert [a.label for a in together] == [a.label for a in alone]
+    assert np.allclose([a.score for a in together], [a.score for a in alone], atol=1e-6)
+
+
 def test_a_tokenizer_without_padding_section_pads_with_its_pad_token():
     ports = [Port("input_ids", "int64", ("batch", "sequence"))]
     texts = Texts(tokenizer_with(["<s>", "<pad>"]), None, "tokenizer.json")
