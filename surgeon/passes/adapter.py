@@ -21,6 +21,7 @@ from torch import Tensor
 from surgeon.anatomy import Join, Where, select, selectors
 from surgeon.ledger import Delta, truncated_normal, zeros
 from surgeon.passes import Pass, PassResult
+from surgeon.passes.norm_tuning import train_norms
 from surgeon.program import Program
 
 Placement = Literal["houlsby", "pfeiffer", "parallel"]
@@ -63,7 +64,7 @@ class Adapter(Pass):
         for join in self._joins(program):
             self._adapt(program, join)
         if self.placement == "houlsby" if self.norms is None else self.norms:
-            train_norms(program)
+            train_norms(program, program.anatomy.norms)
         return PassResult(program, modified=True)
 
     def _joins(self, program: Program) -> tuple[Join, ...]:
@@ -114,11 +115,3 @@ class Adapter(Pass):
         if scale != 1.0:
             names = (up.name, up_bias.name)
             program.fold(names, names, lambda u, b: (u * scale, b * scale))
-
-
-def train_norms(program: Program) -> None:
-    """Make every norm's gain and bias a delta that starts at the base's value."""
-    for norm in program.anatomy.norms:
-        for part, name in (("weight", norm.weight), ("bias", norm.bias)):
-            if name is not None:
-                program.take_over(norm, part, name)

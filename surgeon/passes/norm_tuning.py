@@ -7,6 +7,7 @@ Zhao et al., "Tuning LayerNorm in Attention", ICLR 2024 (arXiv:2312.11420), sect
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 from pydantic import Field
@@ -27,8 +28,13 @@ class NormTuning(Pass):
     where: Where = Field(selectors("norm"), description="Norms to train; as in the paper, all of them.")
 
     def call(self, program: Program) -> PassResult:
-        for norm in select(program.anatomy, self.where, Norm):
-            for part, name in (("weight", norm.weight), ("bias", norm.bias)):
-                if name is not None:
-                    program.take_over(norm, part, name)
+        train_norms(program, select(program.anatomy, self.where, Norm))
         return PassResult(program, modified=True)
+
+
+def train_norms(program: Program, norms: Iterable[Norm]) -> None:
+    """Make the norms' gains and biases deltas that start at the base's values."""
+    for norm in norms:
+        for part, name in (("weight", norm.weight), ("bias", norm.bias)):
+            if name is not None:
+                program.take_over(norm, part, name)
