@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -68,9 +69,10 @@ class TaskModel(nn.Module):
         for name in ledger.deltas:
             self._own(name, None)
         self._sizes = {} if labels is None else {"labels": labels if isinstance(labels, int) else len(labels)}
-        device = next(self.parameters()).device
-        starts = ledger.parameters(self._sizes)
-        for name, tensor in initial(ledger, seed, self._sizes).items():
+        starts, fresh = ledger.parameters(self._sizes), initial(ledger, seed, self._sizes)
+        # Where everything is the task's own, no parameter of the base is left to ask.
+        device = next(chain(self.parameters(), fresh.values())).device
+        for name, tensor in fresh.items():
             if name in kept:
                 default = ledger.deltas[name].default.to(device)
                 self._own(name, nn.Parameter(default, requires_grad=False))
