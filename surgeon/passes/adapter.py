@@ -19,7 +19,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from surgeon.anatomy import Join, Where, select, selectors
-from surgeon.ledger import Delta, truncated_normal, zeros
+from surgeon.ledger import Delta, Init, truncated_normal, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.norm_tuning import train_norms
 from surgeon.program import Program
@@ -79,15 +79,7 @@ class Adapter(Pass):
         return select(program.anatomy, selectors(*sorted(wanted)), Join)
 
     def _adapt(self, program: Program, join: Join) -> None:
-        d, m = join.width, self.bottleneck
-        free = "bottleneck"
-        start = truncated_normal(0.01, 0.02)
-        down = program.delta(join, "down.weight", (d, m), start, free={1: free}, droppable=True)
-        down_bias = program.delta(join, "down.bias", (m,), zeros, free={0: free}, droppable=True)
-        up = program.delta(join, "up.weight", (m, d), zeros, free={0: free}, droppable=True)
-        up_bias = program.delta(join, "up.bias", (d,), zeros, droppable=True)
-        deltas = (down, down_bias, up, up_bias)
-        self._scale_up(program, up, up_bias)
+        deltas = self._weights(program, join)
         f = self._mlp
         if self.placement == "houlsby":
             program.replace_operand([join.add], join.branch, lambda b, *w: b + f(b, *w), deltas)
@@ -95,6 +87,31 @@ class Adapter(Pass):
             program.replace_operand([join.add], join.branch, lambda b, x, *w: b + f(x, *w), deltas, also=(join.entry,))
         else:
             self._after_join(program, join, deltas)
+
+    def _weights(self, program: Program, join: Join) -> tuple[Delta, ...]:
+        """`down.weight`, `down.bias`, `up.weight` and `up.bias`, each trained as it is."""
+        down, down_bias, up, up_bias = self._deltas(program, join, truncated_normal(0.01, 0.02), zeros)
+        if self.factor != 1.0:
+            names = (up.name, up_bias.name)
+            program.fold(names, names, lambda u, b: (u * self.factor, b * self.factor))
+        return down, down_bias, up, up_bias
+
+    def _deltas(
+        self, program: Program, join: Join, start_down: Init | None, start_up: Init | None
+    ) -> tuple[Delta, Delta, Delta, Delta]:
+        """The four tensors at a join; a weight without a start comes from a fold."""
+        d, m, free = join.width, self.bottleneck, "bottleneck"
+        return (
+            program.delta(join, "down.weight", (d, m), start_down, free={1: free}, droppable=True),
+            program.delta(join, "down.bias", (m,), zeros, free={0: free}, droppable=True),
+            program.delta(join, "up.weight", (m, d), start_up, free={0: free}, droppable=True),
+            program.delta(join, "up.bias", (d,), zeros, droppable=True),
+        )
+
+    @property
+    def factor(self) -> float:
+        """The scale s."""
+        return self.scale or (4.0 if self.placement == "parallel" else 1.0)
 
     def _after_join(self, program: Program, join: Join, deltas: tuple[Delta, ...]) -> None:
         """Pfeiffer's layout: the norm behind the join is used twice, on the join and on the sum."""
@@ -109,9 +126,3 @@ class Adapter(Pass):
 
     def _mlp(self, z: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
         return ACTIVATIONS[self.activation](z @ down + down_bias) @ up + up_bias
-
-    def _scale_up(self, program: Program, up: Delta, up_bias: Delta) -> None:
-        scale = self.scale or (4.0 if self.placement == "parallel" else 1.0)
-        if scale != 1.0:
-            names = (up.name, up_bias.name)
-            program.fold(names, names, lambda u, b: (u * scale, b * scale))
