@@ -67,7 +67,10 @@ def pictures() -> dict[Path, str]:
 @cache
 def reference(name: str) -> Program:
     """A technique with its defaults on a BERT of the base size, without weights; the trace is shared by all."""
-    spec = surgeon.read_spec({"base": BERT_BASE, "surgery": [{name: None}], "tasks": {"task": {"labels": 2}}})
+    needed = registry.technique(name).after[:1]
+    spec = surgeon.read_spec(
+        {"base": BERT_BASE, "surgery": [{one: None} for one in (*needed, name)], "tasks": {"task": {"labels": 2}}}
+    )
     model, traced = traced_reference()
     graph = Graph()
     graph.output(graph.graph_copy(traced.graph, {}))

@@ -99,13 +99,22 @@ def compile(
 
     `weights=False` works on the meta device: enough for a plan, of a base of any size.
     """
-    report = progress or _silent
     spec = read_spec(spec)
+    if out is not None:
+        check_writable(Path(out))
+    compiled = _operate(spec, base, list(passes(spec)), weights=weights, report=progress or _silent)
+    if out is not None:
+        compiled.save(out, progress=progress)
+    return compiled
+
+
+def _operate(
+    spec: Spec, base: PreTrainedModel | None, steps: list[Pass], *, weights: bool, report: Progress
+) -> Compiled:
+    """Open the base, trace it, and run `steps`, the passes of `spec`."""
     source = base if base is not None else spec.base
     if source is None:
         raise SpecError("the spec names no base, and none was given", try_="write `base: {model: …}` or pass a model")
-    if out is not None:
-        check_writable(Path(out))
     report("reading the base")
     opened = open_base(source, weights=weights, seed=spec.seed)
     report("tracing")
@@ -122,11 +131,8 @@ def compile(
         frozen=frozenset(n for n, _ in [*graph_module.named_parameters(), *graph_module.named_buffers()]),
     )
     report("operating")
-    run_passes(program, list(passes(spec)), lambda i: spec.locate(("surgery", i)))
-    compiled = Compiled(spec, opened, program)
-    if out is not None:
-        compiled.save(out, progress=report)
-    return compiled
+    run_passes(program, steps, lambda i: spec.locate(("surgery", i)))
+    return Compiled(spec, opened, program)
 
 
 def load(build: str | Path, base: PreTrainedModel | None = None, *, progress: Progress | None = None) -> Compiled:
@@ -139,7 +145,8 @@ def load(build: str | Path, base: PreTrainedModel | None = None, *, progress: Pr
     spec = read_spec(build / "spec.yaml")
     if base is None and spec.base is None:
         base = load_base(BaseSpec(model=str(build / BASE), head=cast(HeadName, manifest.base.head)), seed=spec.seed)
-    compiled = compile(spec, base, progress=progress)
+    steps = [step.reopened() for step in passes(spec)]
+    compiled = _operate(spec, base, steps, weights=True, report=progress or _silent)
     if compiled.base.fingerprint != manifest.base.fingerprint:
         raise DeltaError(
             "the base is not the one this build was made from",

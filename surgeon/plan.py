@@ -76,7 +76,7 @@ def plan(program: Program) -> Plan:
         for d in program.ledger.deltas.values()
     ]
     rows += [
-        PlanRow(t.technique, "", "", t.name, t.name, t.shape, {}, prod(t.shape), 0)
+        PlanRow(t.technique, "", "", t.name, t.name, t.shape, {}, 0 if t.frozen else prod(t.shape), 0)
         for t in program.ledger.trained.values()
     ]
     return Plan(tuple(rows), sum(program.tensor(n).numel() for n in program.frozen if _is_parameter(program, n)))

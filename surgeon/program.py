@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +20,14 @@ from surgeon.errors import CompositionError, InvariantError
 from surgeon.ledger import Delta, Fold, Init, Ledger, Penalty, Schedule, Trained, generator
 from surgeon.ledger import value as base_value
 from surgeon.trace import Input
+
+
+class Probe(NamedTuple):
+    """Marks a value of the graph, `[…, N]`: how much each of a site's N entries, the free axis `symbol`, weighs."""
+
+    site: Site
+    symbol: str
+    names: tuple[str, ...]
 
 
 @dataclass
@@ -215,6 +223,10 @@ class Program:
         node.meta["val"] = next(modes).from_tensor(tensor, static_shapes=True)
         node.meta["surgeon"] = self._author
         return node
+
+    def probe(self, node: fx.Node, site: Site, symbol: str, names: Sequence[str]) -> None:
+        """Mark a value to be looked at: see `Probe`."""
+        node.meta["probe"] = Probe(site, symbol, tuple(names))
 
     @property
     def dtype(self) -> torch.dtype:

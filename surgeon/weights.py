@@ -11,7 +11,10 @@ from surgeon.errors import DeltaError
 
 
 def read_weights(path: Path, fingerprint: str) -> dict[str, Tensor]:
-    """Trained tensors from a safetensors file. Raises DeltaError for another base or a damaged file."""
+    """Trained tensors from a safetensors file. Raises DeltaError for another base or a damaged file.
+
+    An empty `fingerprint`, of a base without weights, fits every file.
+    """
     if path.suffix != ".safetensors":
         raise DeltaError(
             "weights are read from .safetensors files only",
@@ -25,7 +28,7 @@ def read_weights(path: Path, fingerprint: str) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise DeltaError(f"the weights cannot be read: {error}", where=str(path)) from error
     theirs = metadata.get("base")
-    if theirs is not None and theirs != fingerprint:
+    if theirs is not None and fingerprint not in ("", theirs):
         raise DeltaError(
             "the weights were trained on another base",
             where=str(path),

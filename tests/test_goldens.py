@@ -31,6 +31,7 @@ TECHNIQUES = {
     "adapter": {"adapter": {"bottleneck": 6, "norms": False, "where": ["residual.attention@0", "residual.ffn@0"]}},
     "adapter_pfeiffer": {"adapter": {"bottleneck": 6, "placement": "pfeiffer", "where": "residual.ffn@0"}},
     "adapter_parallel": {"adapter": {"bottleneck": 6, "placement": "parallel", "where": "residual.ffn@0"}},
+    "fusion": {"fusion": {"of": 3, "bottleneck": 6, "where": "residual.ffn@0"}},
     "bitfit": {"bitfit": {"where": ["attention.query@0", "ffn.up@0"]}},
     "prefix": {"prefix": {"length": 5, "where": "attention@0"}},
     "head": {"head": {"labels": 5}},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -59,6 +59,10 @@ class Pass(BaseModel, ABC):
     @abstractmethod
     def call(self, program: Program) -> PassResult:
         """Rewrite the program in place."""
+
+    def reopened(self) -> Self:
+        """The same pass for a build that holds every task's weights: it reads no files for starting values."""
+        return self
 
     def ensures(self, program: Program) -> None:
         """Raise InvariantError where this pass did not keep its own promise."""

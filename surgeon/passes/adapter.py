@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
-from torch import Tensor
+from torch import Tensor, fx
 
 from surgeon.anatomy import Join, Where, select, selectors
 from surgeon.ledger import Delta, Init, truncated_normal, zeros
@@ -115,14 +115,25 @@ class Adapter(Pass):
 
     def _after_join(self, program: Program, join: Join, deltas: tuple[Delta, ...]) -> None:
         """Pfeiffer's layout: the norm behind the join is used twice, on the join and on the sum."""
-        f, norm = self._mlp, join.post_norm
-        if norm is None or norm.weight_node is None:
+        f, before = self._mlp, set(program.current(join.add).users)
+        z = normed(program, join)
+        if z is program.current(join.add):
             program.replace(join.add, lambda j, *w: j + f(j, *w), deltas)
-            return
-        add = program.current(join.add)
-        readers = set(add.users)
-        normed = program.copy_region(add, norm.output)
-        program.replace(add, lambda j, z, *w: j + f(z, *w), deltas, also=(normed,), keep=set(add.users) - readers)
+        else:
+            program.replace(
+                join.add, lambda j, z, *w: j + f(z, *w), deltas, also=(z,), keep=added(program, join, before)
+            )
 
     def _mlp(self, z: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
         return ACTIVATIONS[self.activation](z @ down + down_bias) @ up + up_bias
+
+
+def normed(program: Program, join: Join) -> fx.Node:
+    """What Pfeiffer's adapter reads: a join through a copy of the norm behind it, or the join where there is none."""
+    add, norm = program.current(join.add), join.post_norm
+    return add if norm is None or norm.weight_node is None else program.copy_region(add, norm.output)
+
+
+def added(program: Program, join: Join, before: set[fx.Node]) -> set[fx.Node]:
+    """Who reads a join now and did not before: what a pass put beside it."""
+    return set(program.current(join.add).users) - before

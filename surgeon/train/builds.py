@@ -40,7 +40,8 @@ def train_build(
     """Train `task` on the rows of a file, from the weights packed last, and pack what came out.
 
     `validation` is a file or a share of the rows. A run that was stopped goes on when called again with the same data
-    and options; `fresh` forgets it, and the packed weights too. The build changes only at the end, at once.
+    and options; `fresh` forgets it, and the packed weights too, but for frozen ones. The build changes only at the end,
+    at once.
     """
     build, say = Path(build), report or (lambda _: None)
     folder = build / CHECKPOINTS / task
@@ -54,7 +55,8 @@ def train_build(
         clear_checkpoints(folder)
     if fresh:
         sizes = {"labels": model.config.num_labels}
-        model.load_state_dict(initial(model.ledger, f"{compiled.spec.seed}/{task}", sizes))
+        frozen = {name: t for name, t in model.state_dict().items() if not model.get_parameter(name).requires_grad}
+        model.load_state_dict(initial(model.ledger, f"{compiled.spec.seed}/{task}", sizes) | frozen)
     tokenizer = load_tokenizer(build, compiled.base.max_length)
     say("training")
     settings = options or TrainOptions()
