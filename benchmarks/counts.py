@@ -176,7 +176,7 @@ CASES = (
         "P-Tuning v2 (2110.07602), section 1",
         "RoBERTa-large",
         "length 20",
-        _one("prefix", length=20),
+        _one("p_tuning_v2", length=20),
         "0.1 % to 3 %",
     ),
 )

@@ -13,6 +13,7 @@ from surgeon.anatomy import find
 from surgeon.base import Base, load_base, open_base
 from surgeon.build import BASE, Contents, check_writable, pack_task, write_build
 from surgeon.errors import BuildError, DeltaError, SpecError, did_you_mean
+from surgeon.ledger import symbols
 from surgeon.model import TaskModel
 from surgeon.module import switchable
 from surgeon.passes import Pass
@@ -43,6 +44,14 @@ class Compiled:
 
     def __post_init__(self) -> None:
         self._graph = switchable(self.program.graph_module)
+        labelled = [name for name, task in self.spec.tasks.items() if task.labels is not None]
+        if labelled and "labels" not in symbols(self.program.ledger.deltas.values()):
+            raise SpecError(
+                f"task '{labelled[0]}' has labels, and what the base's head answers are no classes",
+                where=self.spec.locate(("tasks", labelled[0], "labels")),
+                there_is=f"head: {self.base.head}",
+                try_="leave `labels` out; a `head` item in `surgery` gives every task a head of its own",
+            )
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -170,8 +170,10 @@ class TaskModel(nn.Module):
         loss: Callable[..., Tensor] = cast(Any, LOSS_MAPPING[LOSSES[self.head_name]])
         if self.head_name == "question-answering":
             return loss(output.start_logits, output.end_logits, **labels)
-        if self.head_name in ("sequence-classification", "token-classification"):
-            return loss(labels["labels"], output.logits, config=self.config)
+        if self.head_name == "sequence-classification":
+            return loss(labels=labels["labels"], pooled_logits=output.logits, config=self.config)
+        if self.head_name == "token-classification":
+            return loss(labels=labels["labels"], logits=output.logits, config=self.config)
         return loss(output.logits.contiguous(), labels["labels"], vocab_size=output.logits.shape[-1])
 
     def deployed(self) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Head: a classifier of the task's own, in place of the base's.
 
-logits = h·W + b      W [d, labels], b [labels]; the number of labels is free per task
+logits = h·W + b      W [d, labels], b [labels]; the number of labels is free per task, but of a head that answers
+                      questions: its two columns are the start and the end of a span
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from surgeon.anatomy import Projection, Where, select, selectors
-from surgeon.errors import SelectorError
+from surgeon.errors import SelectorError, SpecError
 from surgeon.ledger import normal, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.program import Program
@@ -48,18 +49,22 @@ class Head(Pass):
 
     def _replace(self, program: Program, site: Projection) -> None:
         d, labels = site.in_features, self.labels or site.out_features
+        spans = program.head == "question-answering"
+        if spans and labels != site.out_features:
+            raise SpecError("head.labels: a span is a start and an end, not classes", try_="leave `labels` out")
         base = program.tensor(site.weight)
         weight = program.delta(
             site,
             "head.weight",
             (d, labels),
             normal(self.std),
-            free={1: "=labels"},
+            free={} if spans else {1: "=labels"},
             default=base if site.in_first else base.T,
             optional=True,
         )
         base_bias = program.tensor(site.bias) if site.bias else torch.zeros(site.out_features, dtype=base.dtype)
-        bias = program.delta(site, "head.bias", (labels,), zeros, free={0: "=labels"}, default=base_bias, optional=True)
+        free = {} if spans else {0: "=labels"}
+        bias = program.delta(site, "head.bias", (labels,), zeros, free=free, default=base_bias, optional=True)
 
         def classified(y: Tensor, h: Tensor, w: Tensor, b: Tensor) -> Tensor:
             return (h.unsqueeze(-2) @ w).squeeze(-2) + b if h.dim() == 2 else h @ w + b

@@ -103,7 +103,8 @@ class _Probe:
     def of(self, node: fx.Node) -> Tensor | None:
         """The value of `node`, or None where it needs weights that are not there."""
         needed = sorted(ancestors(node))
-        if any(isinstance(n.meta.get("val"), Tensor) and n.meta["val"].is_floating_point() for n in needed):
+        # Of a delta, such as a prompt that lengthens the text, only the sizes are read here.
+        if any(n.op != "get_attr" and isinstance(v := n.meta.get("val"), Tensor) and v.is_floating_point() for n in needed):
             return None
         for n in needed:
             if n not in self.known:

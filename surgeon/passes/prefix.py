@@ -17,6 +17,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from surgeon.anatomy import Attention, Where, select
+from surgeon.errors import CompositionError
 from surgeon.ledger import Delta, Init, kaiming_uniform, normal, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.columns import open_columns
@@ -41,6 +42,7 @@ class Prefix(Pass):
     )
     std: PositiveFloat = Field(0.02, description="Standard deviation of the fresh prefix.")
     shift: bool = Field(True, description="Move the text's positions up by the prefix length.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the prefix, in training only.")
     where: Where | None = Field(
         None, description="Attentions with a prefix; unset it is all: encoder, decoder and cross-attention."
     )
@@ -51,10 +53,22 @@ class Prefix(Pass):
             select(program.anatomy, self.where or ("attention",), Attention)
         kind: Callable[[Attention], tuple[str, bool]] = lambda s: (s.stack, s.cross)  # noqa: E731
         for (stack, cross), group in groupby(sorted(sites, key=kind), kind):
-            pairs = self._attach(program, list(group), stack + (".cross" if cross else ""))
-            if self.shift and not cross:
+            place = stack + (".cross" if cross else "")
+            first = self._is_first(program, place)
+            pairs = self._attach(program, list(group), place)
+            if self.shift and first and not cross:
                 shift_positions(program, stack, pairs[0][0])
         return PassResult(program, modified=True)
+
+    def _is_first(self, program: Program, group: str) -> bool:
+        """No item before this one has put prefixes there. Raises CompositionError where another technique has."""
+        before = [d for d in program.ledger.deltas.values() if f"prefix.length.{group}" in d.free.values()]
+        if before and before[0].technique != self.name:
+            raise CompositionError(
+                f"'{self.name}' and '{before[0].technique}' would both put a prefix in front of the {group} attention",
+                try_="one of the two: at run time they are the same",
+            )
+        return not before
 
     def _attach(self, program: Program, sites: list[Attention], group: str) -> list[tuple[Delta, Delta]]:
         symbol = f"=prefix.length.{group}"
@@ -64,10 +78,13 @@ class Prefix(Pass):
         for site in sites:
             layer = f"layer_{site.layer}" if shared else ""
             shape, free = (site.kv_heads, self.length), {1: symbol}
-            key = program.delta(site, "prefix.key", (*shape, site.head_dim), init, free=free, qualifier=layer)
-            value = program.delta(site, "prefix.value", (*shape, site.value_dim), init, free=free, qualifier=layer)
-            program.replace_operand(program.readers(site.key, site.scores), site.key, in_front(site), (key,))
-            program.replace_operand([site.mixed], site.value, in_front(site), (value,))
+            key, value = (
+                program.delta(site, f"{self.name}.{part}", (*shape, size), init, free=free, qualifier=layer)
+                for part, size in (("key", site.head_dim), ("value", site.value_dim))
+            )
+            joined = in_front(site, self.dropout)
+            program.replace_operand(program.readers(site.key, site.scores), site.key, joined, (key,))
+            program.replace_operand([site.mixed], site.value, joined, (value,))
             pairs.append((key, value))
         open_columns(program, sites, pairs[0][0])
         if self.hidden is not None:
@@ -89,7 +106,7 @@ class Prefix(Pass):
             "up.weight": ((self.hidden, sum(flat)), kaiming_uniform(0)),
             "up.bias": ((sum(flat),), zeros),
         }
-        names = [program.trained(f"{group}.prefix.{part}", *entry).name for part, entry in shapes.items()]
+        names = [program.trained(f"{group}.{self.name}.{part}", *entry).name for part, entry in shapes.items()]
 
         def unfold(e: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
             rows = torch.tanh(e @ w1 + b1) @ w2 + b2
@@ -102,13 +119,18 @@ class Prefix(Pass):
         program.fold(names, [d.name for d in deltas], unfold)
 
 
-def in_front(site: Attention) -> Callable[[Tensor, Tensor], Tensor]:
-    """Concatenate a prefix `[kv heads, n, d]` (or one a row) in front of keys or values at the product."""
+def in_front(site: Attention, dropout: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Concatenate a prefix `[kv heads, n, d]` (or one a row) in front of keys or values at the product.
+
+    Every row drops out on its own.
+    """
 
     def joined(real: Tensor, prefix: Tensor) -> Tensor:
         folded = real.dim() == 3
         heads = site.heads if folded else real.shape[1]
         prefix = prefix.expand(real.shape[0] // heads if folded else real.shape[0], -1, -1, -1)
+        if dropout:
+            prefix = torch.nn.functional.dropout(prefix, dropout)
         if heads != site.kv_heads:
             prefix = prefix.unsqueeze(2).expand(-1, -1, heads // site.kv_heads, -1, -1).flatten(1, 2)
         return torch.cat([prefix.flatten(0, 1) if folded else prefix, real], -2)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
+import surgeon
 from surgeon.anatomy import find
 from surgeon.base import open_base
 from surgeon.compiler import Compiled, passes
@@ -131,6 +133,34 @@ class Lab:
             optimizer.zero_grad()
             model(**self.batch(of, step)).loss.backward()
             optimizer.step()
+
+    def served(self, compiled: Compiled, folder: Path, feeds: Iterable[Tensors]) -> float:
+        """Every task in ONNX Runtime, swapped back and forth, against PyTorch: the largest difference of any output."""
+        gaps = []
+        with surgeon.Session(compiled.save(folder / "build"), threads=1) as session, torch.no_grad():
+            for fed in feeds:
+                arrays = {name: tensor.numpy() for name, tensor in fed.items()}
+                for task in (*compiled.tasks, None, *reversed(compiled.tasks)):
+                    model = compiled.base.model if task is None else compiled.model(task).eval()
+                    wanted = model(**fed)
+                    for name, found in session.run(arrays, task).items():
+                        gaps.append(self.gap(torch.from_numpy(found), wanted[name]))
+        return max(gaps)
+
+    @staticmethod
+    def resize(model: TaskModel, **sizes: int) -> TaskModel:
+        """Other sizes for the free axes whose symbol holds the word, all trained tensors drawn anew."""
+        draw = torch.Generator().manual_seed(3)
+        tensors = {}
+        for name, tensor in model.state_dict().items():
+            free = model.ledger.free(name)
+            shape = [
+                next((n for word, n in sizes.items() if word in free.get(axis, "").split(".")), size)
+                for axis, size in enumerate(tensor.shape)
+            ]
+            tensors[name] = torch.randn(shape, generator=draw).to(tensor.dtype)
+        model.load_state_dict(tensors)
+        return model
 
     @staticmethod
     def own(model: TaskModel) -> dict[str, nn.Parameter]:

@@ -169,3 +169,33 @@ def test_two_items_of_one_stack_share_their_length_and_shift_positions_once(lab)
     assert torch.equal(ours(**fed).logits, one(**fed).logits)
     with pytest.raises(CompositionError, match=r"wants prefix.length.decoder to be 7, and it is 5 already"):
         lab.operate(model, items[0], {"prefix": {"length": 7, "where": "attention@1"}})
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_behind_a_prompt_the_positions_move_up_too(kind, lab):
+    """The prompt's tokens are in the graph's lengths, so the positions it counts hold a delta's size."""
+    model = lab.base(kind)
+    ours = lab.operate(model, {"prompt": {"length": 3}}, PREFIX).model("a")
+    prompt = next(t for name, t in ours.state_dict().items() if "prefix" not in name).expand(2, -1, -1)
+    flat = [t.expand(2, -1, -1, -1) for name, t in ours.state_dict().items() if "prefix" in name]
+    cache = DynamicCache(list(zip(flat[::2], flat[1::2], strict=True)))
+    fed = lab.feed(model, 2, 7)
+    embedded = torch.cat([prompt, model.get_input_embeddings()(fed["input_ids"])], 1)
+    mask, positions = torch.ones(2, N + 3 + 7, dtype=torch.int64), torch.arange(N, N + 3 + 7)[None]
+    backbone = model.bert if kind == "bert" else model.transformer
+    hidden = backbone(inputs_embeds=embedded, attention_mask=mask, position_ids=positions, cache=cache)
+    of_text = hidden.last_hidden_state[:, 3:]
+    wanted = model.classifier(hidden.pooler_output) if kind == "bert" else model.lm_head(of_text)
+    assert lab.gap(ours(**fed).logits, wanted) <= 1e-6
+
+
+def test_rows_drop_out_on_their_own_in_training_alone(lab):
+    model = lab.base("bert")
+    ours = lab.operate(model, {"prefix": {"length": N, "std": 1.0, "dropout": 0.5}}).model("a")
+    one = lab.feed(model, 1, 7)
+    fed = {name: tensor.expand(2, -1) for name, tensor in one.items()}
+    dropped = ours.train()(**fed).logits
+    assert lab.gap(dropped[0], dropped[1]) > 1e-3
+    kept = ours.eval()(**fed).logits
+    assert torch.equal(kept, ours(**fed).logits)
+    assert lab.gap(kept[0], kept[1]) <= 1e-6
