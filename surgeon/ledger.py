@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -141,6 +142,8 @@ class Ledger:
     folds: list[Fold] = field(default_factory=list)
     penalties: list[Penalty] = field(default_factory=list)
     schedules: list[Callable[[], Schedule]] = field(default_factory=list)
+    left_out: int = 0
+    """Layers, from the lowest, that every task of this spec does without, as far as they can be dropped."""
 
     def add(self, entry: Delta | Trained) -> None:
         """Enter one tensor. Raises CompositionError where the name is taken or a shared free size differs."""
@@ -177,12 +180,17 @@ class Ledger:
         """The free axes of a trained tensor."""
         return (self.deltas.get(name) or self.trained[name]).free
 
-    def deploy(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Fold trained tensors into deployed ones, in the ledger's order."""
+    def deploy(
+        self, trained: Mapping[str, Tensor], dropped: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> dict[str, Tensor]:
+        """Fold trained tensors into deployed ones, in the ledger's order; `dropped` ones are as given."""
         folded: dict[str, Tensor] = {}
         for fold in self.folds:
+            if dropped.keys() >= set(fold.outputs):
+                continue
             folded.update(zip(fold.outputs, fold.fn(*(trained[n] for n in fold.inputs)), strict=True))
-        return {n: folded[n] if n in folded else trained[n] for n in self.deltas}
+        every = {**trained, **folded, **dropped}
+        return {n: every[n] for n in self.deltas}
 
     def shrink(self, deployed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The deployed tensors as a task file holds them."""
@@ -195,6 +203,23 @@ class Ledger:
     def dropped(self, layers: int) -> frozenset[str]:
         """The deltas that AdapterDrop leaves out: droppable ones below layer `layers` of their stack."""
         return frozenset(n for n, d in self.deltas.items() if d.droppable and d.layer is not None and d.layer < layers)
+
+    def idle(self, dropped: Collection[str]) -> frozenset[str]:
+        """Tensors that have no effect where the deltas `dropped` are left out."""
+        live: set[str] = set()
+        dead = set(dropped)
+        for fold in self.folds:
+            (dead if dead.issuperset(fold.outputs) else live).update(fold.inputs)
+        return frozenset(dead - live)
+
+    @property
+    def depth(self) -> int:
+        """Layers there are to drop from: fewer than these may be left out, so that every stack keeps something."""
+        tops: dict[str, int] = {}
+        for delta in self.deltas.values():
+            if delta.droppable and delta.layer is not None:
+                tops[delta.stack] = max(tops.get(delta.stack, 0), delta.layer + 1)
+        return min(tops.values(), default=0)
 
     def defaults(self) -> dict[str, Tensor]:
         """The deployed tensors with which the program is the base."""

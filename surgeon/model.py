@@ -81,7 +81,7 @@ class TaskModel(nn.Module):
         self._trained = {n: start for n, start in starts.items() if n not in kept}
         self._kept = frozenset(kept)
         self._replaced = [n for n in ledger.deltas if any(n in fold.outputs for fold in ledger.folds)]
-        self._dropped: dict[str, Tensor] = {}
+        self.drop()
         self.schedules = [make() for make in ledger.schedules]
 
     def _own(self, name: str, parameter: nn.Parameter | None) -> None:
@@ -128,11 +128,16 @@ class TaskModel(nn.Module):
 
     def _penalty(self) -> Tensor | float:
         own = dict(self.named_parameters()) if self.ledger.penalties else {}
-        return sum((p.fn(*(own[n] for n in p.inputs)) for p in self.ledger.penalties), 0.0)
+        idle = self.ledger.idle(self._dropped)
+        counted = [p for p in self.ledger.penalties if not idle.issuperset(p.inputs)]
+        return sum((p.fn(*(own[n] for n in p.inputs)) for p in counted), 0.0)
 
-    def drop(self, layers: int) -> None:
-        """Leave out what can be dropped in the first `layers` layers of every stack, until told otherwise."""
-        names = self.ledger.dropped(layers)
+    def drop(self, layers: int | None = None) -> None:
+        """Leave out what can be dropped in the first `layers` layers of every stack, until told otherwise.
+
+        Without a number it is what the spec leaves out: nothing, but for `drop: {layers: n}`.
+        """
+        names = self.ledger.dropped(self.ledger.left_out if layers is None else layers)
         device = next(self.parameters()).device
         self._dropped = {n: self.ledger.deltas[n].default.to(device) for n in names}
 
@@ -179,8 +184,8 @@ class TaskModel(nn.Module):
     def deployed(self) -> dict[str, Tensor]:
         """The task's tensors in the form the graph reads: folded, differentiable; defaults where they are dropped."""
         every = dict(self.named_parameters())
-        deployed = self.ledger.deploy({name: every[name] for name in self.ledger.parameters()})
-        return {name: self._dropped.get(name, t) for name, t in deployed.items() if name not in self._kept}
+        deployed = self.ledger.deploy({name: every[name] for name in self.ledger.parameters()}, self._dropped)
+        return {name: t for name, t in deployed.items() if name not in self._kept}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The task's trained tensors only."""

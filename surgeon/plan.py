@@ -61,6 +61,8 @@ class Plan:
 
 def plan(program: Program) -> Plan:
     """The plan of a program after its passes."""
+    dropped = program.ledger.dropped(program.ledger.left_out)
+    idle = program.ledger.idle(dropped)
     rows = [
         PlanRow(
             d.technique,
@@ -70,13 +72,13 @@ def plan(program: Program) -> Plan:
             d.name,
             d.shape,
             dict(d.free),
-            prod(d.shape) if d.init else 0,
-            prod(d.shape) * d.dtype.itemsize,
+            prod(d.shape) if d.init and d.name not in idle else 0,
+            (d.default.numel() if d.name in dropped else prod(d.shape)) * d.dtype.itemsize,
         )
         for d in program.ledger.deltas.values()
     ]
     rows += [
-        PlanRow(t.technique, "", "", t.name, t.name, t.shape, {}, 0 if t.frozen else prod(t.shape), 0)
+        PlanRow(t.technique, "", "", t.name, t.name, t.shape, {}, 0 if t.frozen or t.name in idle else prod(t.shape), 0)
         for t in program.ledger.trained.values()
     ]
     return Plan(tuple(rows), sum(program.tensor(n).numel() for n in program.frozen if _is_parameter(program, n)))

@@ -204,6 +204,10 @@ class Program:
         """Let every training run of a task do between its steps what `make()` says."""
         self.ledger.schedules.append(make)
 
+    def leave_out(self, layers: int) -> None:
+        """Let every task do without what can be dropped in its first `layers` layers."""
+        self.ledger.left_out = layers
+
     def constant(self, name: str, make: Callable[[], Tensor]) -> fx.Node:
         """A tensor that all tasks share and none trains, such as VeRA's random matrices; made once for its name.
 

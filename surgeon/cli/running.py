@@ -16,9 +16,13 @@ def run(
     texts: Annotated[
         list[str], typer.Argument(metavar="TEXT...", help="Texts; `-` reads them from stdin, one a line.")
     ],
+    *,
     task: Annotated[
         str | None, typer.Option("--task", "-t", help="The task; without one the base itself answers.")
     ] = None,
+    drop: Annotated[
+        int, typer.Option("--drop", min=0, help="Leave out the adapters of so many of the lowest layers.")
+    ] = 0,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
     json: Json = False,
 ) -> None:
@@ -30,7 +34,7 @@ def run(
 
     given = [line for text in texts for line in (sys.stdin.read().splitlines() if text == "-" else [text])]
     with Session(build, threads=threads) as session:
-        found = session.classify(given, task)
+        found = session.classify(given, task, drop=drop)
     if json:
         emit(
             [

@@ -108,13 +108,15 @@ class Session:
         """The tasks of this moment, by name. Later changes do not show in the mapping."""
         return MappingProxyType({name: task.info for name, task in self._tasks.items()})
 
-    def run(self, inputs: Mapping[str, Any], task: str | None = None) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Any], task: str | None = None, *, drop: int = 0) -> dict[str, Array]:
         """The graph's outputs by name, as `task` gives them; without one, exactly the base's.
+
+        `drop` leaves out the task's adapters in so many of the lowest layers (AdapterDrop, arXiv:2010.11918).
 
         Inputs are numpy arrays (or lists) by name, a batch each. What has a neutral value, as a mask of ones, may be
         absent. Raises DataError for inputs that do not fit, SpecError for an unknown task.
         """
-        return self._run(inputs, self._task(task))
+        return self._run(inputs, self._task(task, drop))
 
     def add_task(
         self,
@@ -159,13 +161,19 @@ class Session:
         return self._texts.encode(texts, self._manifest.inputs, max_length)
 
     def classify(
-        self, texts: Sequence[Text], task: str | None = None, *, batch: int = 32, max_length: int | None = None
+        self,
+        texts: Sequence[Text],
+        task: str | None = None,
+        *,
+        batch: int = 32,
+        max_length: int | None = None,
+        drop: int = 0,
     ) -> list[Answer]:
-        """The likeliest label of every text. Labels without names are numbered from 0.
+        """The likeliest label of every text. Labels without names are numbered from 0. `drop` is as in `run`.
 
         Texts of like length share a batch, so that little is spent on padding; answers come in the order of the texts.
         """
-        active = self._task(task)
+        active = self._task(task, drop)
         labels = None if active is None else active.info.labels
         check_texts(texts)
         order = sorted(range(len(texts)), key=lambda i: length(texts[i]))
@@ -211,10 +219,12 @@ class Session:
             raise BuildError("this session is closed", where=str(self._build))
         return session
 
-    def _task(self, name: str | None) -> RunnableTask | None:
+    def _task(self, name: str | None, drop: int = 0) -> RunnableTask | None:
         self._open()
         tasks = self._tasks  # one look: other threads exchange the mapping
         if name is None:
+            if drop != 0:
+                raise SpecError("drop leaves out adapters of a task, and no task is named", there_is=shorten(tasks))
             return None
         if name not in tasks:
             raise SpecError(
@@ -222,4 +232,4 @@ class Session:
                 there_is=shorten(tasks) or "no task; task=None is the base itself",
                 try_=did_you_mean(str(name), tasks),
             )
-        return tasks[name]
+        return tasks[name].without(self._manifest, drop)

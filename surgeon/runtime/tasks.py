@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,7 +16,7 @@ from onnxruntime import LoraAdapter, RunOptions
 from surgeon.errors import BuildError, SpecError
 from surgeon.runtime.fit import check_base, check_task, columns
 from surgeon.runtime.manifest import Manifest
-from surgeon.runtime.taskfile import SUFFIX, parse_adapter, private_copy
+from surgeon.runtime.taskfile import SUFFIX, parse_adapter, private_copy, write_adapter
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,34 @@ class RunnableTask:
 
     info: TaskInfo
     adapter: LoraAdapter
+    path: Path
+    _reduced: dict[int, RunnableTask] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def without(self, manifest: Manifest, layers: int) -> RunnableTask:
+        """The task without what can be dropped in the first `layers` layers; made once, at the first call.
+
+        Raises SpecError where that would leave a stack without all of it.
+        """
+        check_drop(manifest, layers)
+        if layers == 0:
+            return self
+        with self._lock:
+            if layers not in self._reduced:
+                self._reduced[layers] = self._reduce(manifest, layers)
+            return self._reduced[layers]
+
+    def _reduce(self, manifest: Manifest, layers: int) -> RunnableTask:
+        """A task file without those tensors: to ONNX Runtime a missing one is its default."""
+        dropped = {d.name for d in manifest.deltas if d.droppable and d.layer is not None and d.layer < layers}
+        try:
+            whole = parse_adapter(self.path, self.path.read_bytes(), str(self.path))
+        except FileNotFoundError as error:
+            raise BuildError("the session was closed meanwhile", where=self.info.name) from error
+        left = {name: tensor for name, tensor in whole.tensors.items() if name not in dropped}
+        path = self.path.with_name(f"{self.path.name.removesuffix(SUFFIX)}.drop-{layers}{SUFFIX}")
+        write_adapter(path, left, manifest.base.fingerprint)
+        return _runnable(self.info, path)
 
     def activate(self, options: RunOptions) -> None:
         """Make a run use this task. ONNX Runtime keeps a bare pointer: hold the task until the run is over."""
@@ -63,8 +92,6 @@ def load_task(
         file = parse_adapter(copy, data, str(path))
         check_base(manifest, file.model_version, str(path))
         sizes = check_task(manifest, file.tensors, str(path), labels)
-        adapter = LoraAdapter()
-        adapter.Load(str(copy))
     except BaseException:
         copy.unlink(missing_ok=True)
         raise
@@ -75,9 +102,34 @@ def load_task(
         sizes=MappingProxyType(sizes),
         parameters=sum(array.size for array in file.tensors.values()),
     )
-    task = RunnableTask(info, adapter)
-    weakref.finalize(task, copy.unlink, missing_ok=True)
+    return _runnable(info, copy)
+
+
+def _runnable(info: TaskInfo, path: Path) -> RunnableTask:
+    """Load a checked file, which goes when the task does."""
+    adapter = LoraAdapter()
+    try:
+        adapter.Load(str(path))
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    task = RunnableTask(info, adapter, path)
+    weakref.finalize(task, path.unlink, missing_ok=True)
     return task
+
+
+def check_drop(manifest: Manifest, layers: int) -> None:
+    """Raise SpecError unless this many of the lowest layers can be dropped: fewer than any stack has."""
+    tops: dict[str, int] = {}
+    for delta in manifest.deltas:
+        if delta.droppable and delta.layer is not None:
+            tops[delta.stack] = max(tops.get(delta.stack, 0), delta.layer + 1)
+    depth = min(tops.values(), default=1)
+    if not isinstance(layers, int) or isinstance(layers, bool) or not 0 <= layers < depth:
+        raise SpecError(
+            f"drop is a number of layers, and {layers!r} cannot be dropped",
+            there_is=f"adapters in {depth} layers, so 0 to {depth - 1}" if tops else "nothing that can be dropped",
+        )
 
 
 def name_of(path: Path) -> str:

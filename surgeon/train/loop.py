@@ -87,5 +87,6 @@ def _unchanged_on_failure(model: TaskModel) -> Iterator[None]:
     except BaseException:
         model.load_state_dict(before)
         model.zero_grad()
+        model.drop()
         model.train(training)
         raise
