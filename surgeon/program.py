@@ -78,6 +78,10 @@ class Program:
         earlier = [before for before, result in self._current.items() if result is operand]
         return self.replaced(reader, earlier[0]) if earlier else operand
 
+    def operand(self, reader: fx.Node, operand: fx.Node) -> fx.Node:
+        """What `reader` reads now where it read `operand` of the base."""
+        return self.current(self._edges.get((reader, operand), operand))
+
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer by its dotted name."""
         owner, _, leaf = name.rpartition(".")
@@ -304,7 +308,7 @@ class Program:
         also: Sequence[fx.Node] = (),
     ) -> fx.Node:
         """Let `readers` read `fn(operand, *also, *deltas)` in place of `operand`; others keep it."""
-        edges = [(reader, self.current(self._edges.get((reader, operand), operand))) for reader in readers]
+        edges = [(reader, self.operand(reader, operand)) for reader in readers]
         now = edges[0][1]
         if any(other is not now or now not in reader.all_input_nodes for reader, other in edges):
             raise InvariantError(f"'{operand}' is no operand of {', '.join(map(str, readers))} any more")

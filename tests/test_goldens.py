@@ -28,6 +28,8 @@ ANATOMIES = {
 # Of one layer, so that a file shows one site of each kind and fits on a screen.
 TECHNIQUES = {
     "lora": {"lora": {"rank": 4, "dropout": 0.1, "where": ["attention.query@0", "attention.value@0"]}},
+    "lora_dora": {"lora": {"rank": 4, "dora": True, "where": ["attention.query@0", "attention.output@0"]}},
+    "lora_table": {"lora": {"rank": 4, "bias": True, "where": ["attention.query@0", "embedding.token"]}},
     "adapter": {"adapter": {"bottleneck": 6, "norms": False, "where": ["residual.attention@0", "residual.ffn@0"]}},
     "adapter_pfeiffer": {"adapter": {"bottleneck": 6, "placement": "pfeiffer", "where": "residual.ffn@0"}},
     "adapter_parallel": {"adapter": {"bottleneck": 6, "placement": "parallel", "where": "residual.ffn@0"}},

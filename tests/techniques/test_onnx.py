@@ -31,6 +31,14 @@ COMPOSED = {
     ],
     "t5": [{"lora": {"rank": 3}}, {"adapter": {"bottleneck": 5}}, {"prefix": {"length": 4}}],
 }
+DORA = {"lora": {"rank": 3, "dora": True, "where": ["attention.query", "attention.value", "ffn.down"]}}
+TABLE = {"lora": {"rank": 2, "bias": True, "where": ["embedding.token", "attention.output"]}}
+VARIANTS = {  # of LoRA: composed again, for the kinds that differ
+    "bert-dora": ("bert", [DORA, TABLE, {"bitfit": {}}, {"head": {}}]),
+    "llama-dora": ("llama", [DORA, TABLE]),
+    "gpt2-dora": ("gpt2", [DORA, TABLE, {"bitfit": {}}]),
+    "t5-dora": ("t5", [DORA, TABLE]),
+}
 SIZES = [(3, 11, 4), (1, 5, 0), (2, 20, 3), (4, 2, 0)]  # batch, length, padding; traced was 2 by 7
 
 
@@ -96,6 +104,11 @@ def build(request, lab, tmp_path_factory, composed_bert):
     return Build(lab, request.param, COMPOSED[request.param], tmp_path_factory.mktemp(request.param))
 
 
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request, lab, tmp_path_factory):
+    return Build(lab, *VARIANTS[request.param], tmp_path_factory.mktemp(request.param))
+
+
 @pytest.fixture(scope="module")
 def plain(lab, tmp_path_factory):
     return Build(lab, "bert", [], tmp_path_factory.mktemp("plain"))
@@ -117,6 +130,19 @@ def test_without_a_task_the_answer_is_the_bases(build):
         fed = build.feed(*sizes)
         with torch.no_grad():
             assert build.lab.gap(torch.from_numpy(build.run(fed)), build.base(**fed).logits) <= 1e-6
+
+
+def test_variants_answer_as_torch_at_any_rank_and_swap_back_and_forth(variant):
+    fed = variant.feed(2, 9, 2)
+    models = {task: variant.sized(task, seed=rank, rank=rank) for task, rank in (("one", 1), ("none", 0), ("five", 5))}
+    first = {task: variant.run(fed, task) for task in (*models, None)}
+    for task, model in models.items():
+        assert max(variant.gap(variant.feed(*sizes), task, model) for sizes in SIZES) <= 1e-4
+    assert np.abs(first["one"] - first["five"]).max() > 1e-3
+    for task in ("five", None, "none", "one", "five", None):
+        assert np.array_equal(variant.run(fed, task), first[task])
+    with torch.no_grad():
+        assert variant.lab.gap(torch.from_numpy(first[None]), variant.base(**fed).logits) <= 1e-6
 
 
 def test_without_a_task_no_bit_differs_from_the_base_alone(plain, lora, composed_bert):
