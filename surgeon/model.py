@@ -14,6 +14,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 
 from surgeon.errors import DeltaError, shorten
 from surgeon.ledger import Ledger, Start, initial
+from surgeon.probes import Probe, Reader
 from surgeon.trace import Input
 
 LOSSES = {
@@ -125,6 +126,10 @@ class TaskModel(nn.Module):
         deployed = self.deployed()
         replaced = {n: deployed[n] for n in self._replaced} | self._dropped
         return functional_call(self._graph, replaced, (), dict(inputs))
+
+    def look(self, **inputs: Tensor) -> list[tuple[Probe, Tensor]]:
+        """The values that passes marked, for these inputs: how much each fused adapter weighs, say."""
+        return Reader(self._graph, self.deployed()).read(self._complete(inputs, None))
 
     def _penalty(self) -> Tensor | float:
         own = dict(self.named_parameters()) if self.ledger.penalties else {}

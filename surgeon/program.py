@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -19,15 +19,8 @@ from surgeon.dataflow import ancestors, descendants
 from surgeon.errors import CompositionError, InvariantError
 from surgeon.ledger import Delta, Fold, Init, Ledger, Penalty, Schedule, Trained, generator
 from surgeon.ledger import value as base_value
+from surgeon.probes import PROBE, Probe
 from surgeon.trace import Input
-
-
-class Probe(NamedTuple):
-    """Marks a value of the graph, `[…, N]`: how much each of a site's N entries, the free axis `symbol`, weighs."""
-
-    site: Site
-    symbol: str
-    names: tuple[str, ...]
 
 
 @dataclass
@@ -232,9 +225,9 @@ class Program:
         node.meta["surgeon"] = self._author
         return node
 
-    def probe(self, node: fx.Node, site: Site, symbol: str, names: Sequence[str]) -> None:
-        """Mark a value to be looked at: see `Probe`."""
-        node.meta["probe"] = Probe(site, symbol, tuple(names))
+    def probe(self, node: fx.Node, probe: Probe) -> None:
+        """Mark a value to be looked at."""
+        node.meta[PROBE] = probe
 
     @property
     def dtype(self) -> torch.dtype:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from surgeon import __version__
-from surgeon.cli import building, looking, running, training, writing
+from surgeon.cli import building, fusing, looking, running, training, writing
 
 app = typer.Typer(
     name="surgeon",
@@ -39,7 +39,7 @@ def surgeon(
 for panel, commands in {
     "Write": (writing.init, writing.list_, writing.schema),
     "Look": (looking.inspect, looking.plan),
-    "Build": (building.compile_, training.train, building.pack),
+    "Build": (building.compile_, training.train, fusing.fusion, building.pack),
     "Run": (running.run, building.verify),
 }.items():
     for command in commands:

@@ -38,6 +38,7 @@ from surgeon.ledger import Delta, Init, normal, truncated_normal, value, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.adapter import ACTIVATIONS, added, normed
 from surgeon.passes.trained_adapters import Source, check_sites, read_sources, stacked
+from surgeon.probes import Probe
 from surgeon.program import Program
 
 
@@ -139,7 +140,8 @@ class Fusion(Pass):
         s = program.insert(
             attend, [a, u], read("score.weight", "score.bias", "prior.weight", "prior.bias", "groups")
         )
-        program.probe(s, join, deltas["groups"].free[1], self.adapters)
+        index = f"{join.path}.fusion.adapter.index"
+        program.probe(s, Probe(join, deltas["groups"].free[1], self.adapters, index))
         after = read("up.weight", "up.bias", "groups")
         program.replace(join.add, mix, after, also=(a, s), keep=added(program, join, before))
 

@@ -76,7 +76,7 @@ def draw(scene: Scene) -> str:
         f"<title>{escape(title)}</title>",
         f"<defs>{''.join(map(_marker, [GREY, *(line for _, line in COLOURS[: len(scene.techniques)])]))}</defs>",
         f'<rect width="{width:.0f}" height="{height:.0f}" rx="10" fill="{PAPER}"/>',
-        _text((MARGIN, 30), scene.title, size=15, weight=600, anchor="start"),
+        label((MARGIN, 30), scene.title, size=15, weight=600, anchor="start"),
         f'<path d="M{middle:.1f} 44V{foot:.1f}" stroke="#d1d9e0" stroke-dasharray="3 4"/>',
         *_panel(scene, sides[0], row, grid, MARGIN),
         *_panel(scene, sides[1], row, grid, MARGIN + sides[0].width + BETWEEN),
@@ -114,7 +114,7 @@ def _weights(scene: Scene, boxes: Mapping[str, Box], edges: Sequence[Edge]) -> d
 
 
 def _panel(scene: Scene, side: Side, row: Mapping[str, int], grid: Rows, left: float) -> Iterator[str]:
-    yield _text((left + side.width / 2, 54), side.caption, size=13, colour=FAINT)
+    yield label((left + side.width / 2, 54), side.caption, size=13, colour=FAINT)
     left += (side.width - side.placed.width) / 2
     at = {name: (left + x, grid.middle(row[name])) for name, x in side.placed.x.items()}
     for edge in side.edges:
@@ -191,12 +191,12 @@ def _box(scene: Scene, box: Box, x: float, y: float) -> str:
     fill, line = _colours(scene, box.technique)
     if box.round:
         circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{ROUND / 2:g}" fill="{fill}" stroke="{line}"/>'
-        return circle + _text((x, y + 5.5), box.lines[0].text, size=16)
+        return circle + label((x, y + 5.5), box.lines[0].text, size=16)
     if box.end:
-        return _text((x, y + 4.5), box.lines[0].text, size=13, colour=FAINT)
+        return label((x, y + 4.5), box.lines[0].text, size=13, colour=FAINT)
     wide, tall = _width(box), _height(box)
     top = y - tall / 2
-    frame = _rectangle((x - wide / 2, top), (wide, tall), fill, line)
+    frame = rectangle((x - wide / 2, top), (wide, tall), fill, line)
     bases = [top + PAD / 2 + LEADING * (i + 0.75) for i in range(len(box.lines))]
     return frame + "".join(
         _line(scene, box, line, (x, base), wide, first=line is box.lines[0])
@@ -208,13 +208,14 @@ def _line(scene: Scene, box: Box, line: Line, at: Point, wide: float, *, first: 
     """One line of a box; a delta in a box of the base stands on its technique's colour."""
     size, weight = (12.5, 600) if first else (11, 400)
     if line.technique is None or box.technique is not None:
-        return _text(at, line.text, size=size, weight=weight, colour=INK if first else FAINT)
+        return label(at, line.text, size=size, weight=weight, colour=INK if first else FAINT)
     fill, colour = _colours(scene, line.technique)
-    under = _rectangle((at[0] - wide / 2 + 3, at[1] - 11), (wide - 6, 14), fill, "none")
-    return under + _text(at, line.text, size=size, colour=colour)
+    under = rectangle((at[0] - wide / 2 + 3, at[1] - 11), (wide - 6, 14), fill, "none")
+    return under + label(at, line.text, size=size, colour=colour)
 
 
-def _rectangle(corner: Point, size: Point, fill: str, line: str) -> str:
+def rectangle(corner: Point, size: Point, fill: str, line: str) -> str:
+    """A rectangle with round corners."""
     (x, y), (wide, tall) = corner, size
     radius = 6 if tall > 15 else 3
     return (
@@ -227,11 +228,12 @@ def _legend(scene: Scene, top: float) -> Iterator[str]:
     shown = [(None, "the base: frozen, shared by all tasks"), *((t, f"{t}: each task's own") for t in scene.techniques)]
     for i, (technique, text) in enumerate(shown):
         at = top + 20 * i
-        yield _rectangle((MARGIN, at), (18, 12), *_colours(scene, technique))
-        yield _text((MARGIN + 26, at + 10), text, size=12, colour=FAINT, anchor="start")
+        yield rectangle((MARGIN, at), (18, 12), *_colours(scene, technique))
+        yield label((MARGIN + 26, at + 10), text, size=12, colour=FAINT, anchor="start")
 
 
-def _text(at: Point, text: str, *, size: float, weight: int = 400, colour: str = INK, anchor: str = "middle") -> str:
+def label(at: Point, text: str, *, size: float, weight: int = 400, colour: str = INK, anchor: str = "middle") -> str:
+    """A line of text; `at` is its baseline."""
     return (
         f'<text x="{at[0]:.1f}" y="{at[1]:.1f}" font-size="{size:g}" font-weight="{weight}" fill="{colour}" '
         f'text-anchor="{anchor}">{escape(text)}</text>'

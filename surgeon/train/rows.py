@@ -52,6 +52,20 @@ def read_rows(path: str | Path, labels: Labels, text_column: str = "text", label
     return rows
 
 
+def read_texts(path: str | Path, text_column: str = "text") -> list[str]:
+    """The texts alone of such a file."""
+    path = Path(path)
+    texts = []
+    for line, record in _records(path, (text_column,)):
+        text = _column(record, text_column, f"{path}:{line}")
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"column '{text_column}' holds no text", where=f"{path}:{line}")
+        texts.append(text)
+    if not texts:
+        raise DataError("there are no rows", where=str(path))
+    return texts
+
+
 def labels_of(model: Any) -> Labels:
     """The labels of a task's model as `read_rows` wants them: names, or a count where they have none."""
     return known_labels([str(model.config.id2label[i]) for i in range(model.config.num_labels)])
