@@ -124,8 +124,19 @@ def _operate(
     source = base if base is not None else spec.base
     if source is None:
         raise SpecError("the spec names no base, and none was given", try_="write `base: {model: …}` or pass a model")
+    opened, program = study(source, weights=weights, seed=spec.seed, progress=report)
+    report("operating")
+    run_passes(program, steps, lambda i: spec.locate(("surgery", i)))
+    return Compiled(spec, opened, program)
+
+
+def study(
+    source: BaseSpec | PreTrainedModel, *, weights: bool = True, seed: int = 0, progress: Progress | None = None
+) -> tuple[Base, Program]:
+    """Open a base, trace it and find its anatomy: a program that no pass has changed yet."""
+    report = progress or _silent
     report("reading the base")
-    opened = open_base(source, weights=weights, seed=spec.seed)
+    opened = open_base(source, weights=weights, seed=seed)
     report("tracing")
     inputs = text_inputs(opened.model)
     graph_module = trace(opened.model, inputs)
@@ -139,9 +150,7 @@ def _operate(
         fingerprint=opened.fingerprint,
         frozen=frozenset(n for n, _ in [*graph_module.named_parameters(), *graph_module.named_buffers()]),
     )
-    report("operating")
-    run_passes(program, steps, lambda i: spec.locate(("surgery", i)))
-    return Compiled(spec, opened, program)
+    return opened, program
 
 
 def load(build: str | Path, base: PreTrainedModel | None = None, *, progress: Progress | None = None) -> Compiled:

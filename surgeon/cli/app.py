@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from surgeon import __version__
-from surgeon.cli import building, fusing, looking, running, training, writing
+from surgeon.cli import building, foreign, fusing, looking, running, training, writing
 
 app = typer.Typer(
     name="surgeon",
@@ -41,6 +41,7 @@ for panel, commands in {
     "Look": (looking.inspect, looking.plan),
     "Build": (building.compile_, training.train, fusing.fusion, building.pack),
     "Run": (running.run, building.verify),
+    "Exchange": (foreign.import_, foreign.export),
 }.items():
     for command in commands:
         app.command(name=command.__name__.rstrip("_"), rich_help_panel=panel)(command)

@@ -14,8 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from surgeon.anatomy import Projection, Where, select
-from surgeon.errors import SelectorError
+from surgeon.anatomy import Projection, Where, select, selectors
+from surgeon.errors import SelectorError, SpecError
 from surgeon.ledger import Delta, ones
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.slices import scatter
@@ -36,10 +36,13 @@ class IA3(Pass):
     where: Where | None = Field(
         None, description="Projections to scale; unset it is the keys and values of every attention and `ffn.down`."
     )
+    inputs: Where = Field(
+        selectors("*.down"), description="Those of them of which the input is scaled, not the output."
+    )
 
     def call(self, program: Program) -> PassResult:
-        for site in self._sites(program):
-            inward = site.role.endswith(".down")
+        for site in self.sites(program):
+            inward = self.inward(program, site)
             width = site.in_features if inward else site.out_features
             role = site.role.rpartition(".")[2] if site.features else ""
             delta = program.delta(site, "ia3_l", (width,), ones, default=torch.ones(width), qualifier=role)
@@ -50,7 +53,22 @@ class IA3(Pass):
                 self._scale_output(program, site, delta)
         return PassResult(program, modified=True)
 
-    def _sites(self, program: Program) -> tuple[Projection, ...]:
+    def inward(self, program: Program, site: Projection) -> bool:
+        """Whether the input of `site` is scaled, not its output."""
+        return any(selector.matches(site, program.anatomy) for selector in self.inputs)
+
+    def sites(self, program: Program) -> tuple[Projection, ...]:
+        """The projections that are scaled."""
+        chosen = self._chosen(program)
+        for selector in self.inputs if "inputs" in self.model_fields_set else ():
+            found = [site for site in select(program.anatomy, (selector,), Projection) if site in chosen]
+            if not found:
+                raise SpecError(f"ia3.inputs: '{selector}' selects nothing that `where` does")
+            if any(site.features for site in found):
+                raise SpecError(f"ia3.inputs: {found[0].label} shares its input: it is a part of a fused projection")
+        return chosen
+
+    def _chosen(self, program: Program) -> tuple[Projection, ...]:
         if self.where is not None:
             return select(program.anatomy, self.where, Projection)
         wanted = ("attention.key", "attention.value", "cross_attention.key", "cross_attention.value", "ffn.down")

@@ -11,7 +11,10 @@ import pytest
 from surgeon import __version__
 from surgeon.cli import explained
 
-COMMANDS = ("init", "list", "schema", "inspect", "plan", "compile", "train", "fusion", "pack", "run", "verify")
+COMMANDS = (
+    *("init", "list", "schema", "inspect", "plan", "compile", "train", "fusion", "pack", "run", "verify"),
+    *("import", "export"),
+)
 
 
 def test_the_version_is_the_packages(surgeon):

@@ -1,0 +1,226 @@
+"""What PEFT's folder holds for a task: its configuration, and the trained tensors under PEFT's keys."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.anatomy import Projection
+from surgeon.compiler import Compiled
+from surgeon.errors import DeltaError
+from surgeon.foreign.peft import CLASSIFIERS, HEADS, holds
+from surgeon.foreign.placing import own_scale, scales_input, steps
+from surgeon.foreign.sites import module_names
+from surgeon.ledger import Delta
+
+TASKS = {head: task for task, head in HEADS.items()}
+MODULES = ("head", "norm_tuning")
+"""Techniques whose tensors are parameters of the base, which PEFT saves module by module."""
+
+Tensors = dict[str, Tensor]
+
+
+def write(compiled: Compiled, task: str) -> tuple[dict[str, Any], Tensors]:
+    """Configuration and tensors of `task`. Raises DeltaError for what PEFT has no place for."""
+    return _Writer(compiled, task).write()
+
+
+class _Writer:
+    def __init__(self, compiled: Compiled, task: str) -> None:
+        self.compiled = compiled
+        self.model = compiled.base.model
+        self.task = task
+        self.ledger = compiled.program.ledger
+        self.trained = dict(compiled.model(task).state_dict())
+        deployed = compiled.model(task).deployed()
+        self.deployed = {name: tensor.detach() for name, tensor in deployed.items()}
+
+    def write(self) -> tuple[dict[str, Any], Tensors]:
+        used = {d.technique for d in self.ledger.deltas.values() if not self._is_default(d)}
+        methods = sorted(used - set(MODULES))
+        writers = {"lora": self._lora, "ia3": self._ia3, "prefix": self._prefix, "prompt": self._prompt}
+        if len(methods) != 1 or methods[0] not in writers:
+            raise DeltaError(
+                f"PEFT cannot hold the task '{self.task}': it uses {' and '.join(methods) or 'no technique'}",
+                there_is=f"one of {', '.join(writers)} goes into a folder, with {' and '.join(MODULES)}",
+            )
+        config, tensors = writers[methods[0]]()
+        saved, names = self._modules()
+        virtual = methods[0] in ("prefix", "prompt")
+        prefix = "base_model." if virtual else "base_model.model."
+        keyed = {name if name == "prompt_embeddings" else prefix + name: t for name, t in (tensors | saved).items()}
+        base = self.compiled.spec.base
+        config |= {
+            "task_type": TASKS.get(self.compiled.base.head),
+            "base_model_name_or_path": base.model if base is not None else None,
+            "revision": base.revision if base is not None else None,
+            "inference_mode": True,
+            "modules_to_save": names or None,
+        }
+        return config, keyed
+
+    def _is_default(self, delta: Delta) -> bool:
+        return delta.name not in self.deployed or self.deployed[delta.name].equal(delta.default)
+
+    def _by_path(self, part: str) -> dict[str, list[tuple[Projection, Delta]]]:
+        """The deltas of a part with their sites, by PEFT's path of the module."""
+        found: dict[str, list[tuple[Projection, Delta]]] = {}
+        for delta in self.ledger.deltas.values():
+            if delta.part != part or self._is_default(delta):
+                continue
+            sites = self.compiled.program.anatomy.projections
+            site = next(s for s in sites if (s.path, s.role, s.stack) == (delta.site, delta.role, delta.stack))
+            path = module_names(self.model, site.weight)[0].removesuffix(".weight")
+            found.setdefault(path, []).append((site, delta))
+        return found
+
+    # -- methods ------------------------------------------------------------------------------------------------
+
+    def _lora(self) -> tuple[dict[str, Any], Tensors]:
+        tensors: Tensors = {}
+        sizes: dict[str, tuple[int, float]] = {}
+        for path, found in self._by_path("lora_B").items():
+            a, b, scale = self._product(found)
+            tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = a.T, b.T
+            sizes[path] = (len(b), _tidy(scale * len(b)))
+        rank = Counter(r for r, _ in sizes.values()).most_common(1)[0][0]
+        alpha = Counter(x for _, x in sizes.values()).most_common(1)[0][0]
+        return {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": alpha,
+            "target_modules": sorted(sizes),
+            "rank_pattern": {path: r for path, (r, _) in sizes.items() if r != rank},
+            "alpha_pattern": {path: x for path, (_, x) in sizes.items() if x != alpha},
+            "fan_in_fan_out": any(type(self.model.get_submodule(path)).__name__ == "Conv1D" for path in sizes),
+            "bias": "none",
+        }, tensors
+
+    def _product(self, found: list[tuple[Projection, Delta]]) -> tuple[Tensor, Tensor, float]:
+        """a, b and scale of one module: of a fused one a single product of which each role's own is a block.
+
+        PEFT has one `a` for all roles. Where ours are equal it is that; else they stand side by side.
+        """
+        pairs = [self._pair(d) for _, d in found]
+        if found[0][0].features is None:
+            return pairs[0]
+        width = _width(self.model, found[0][0])
+        spread = [_spread(b, site, width) for (site, _), (_, b, _) in zip(found, pairs, strict=True)]
+        a, _, scale = pairs[0]
+        if all(other.equal(a) and s == scale for other, _, s in pairs):
+            return a, torch.stack(spread).sum(0), scale
+        scaled = [b if s == scale else b * (s / scale) for b, (_, _, s) in zip(spread, pairs, strict=True)]
+        return torch.cat([other for other, _, _ in pairs], 1), torch.cat(scaled), scale
+
+    def _pair(self, delta: Delta) -> tuple[Tensor, Tensor, float]:
+        a, b = self.trained[delta.name.removesuffix("lora_B") + "lora_A"], self.trained[delta.name]
+        return a, b, own_scale(self.ledger, delta.name, len(b))
+
+    def _ia3(self) -> tuple[dict[str, Any], Tensors]:
+        tensors: Tensors = {}
+        inward: list[str] = []
+        for path, found in self._by_path("ia3_l").items():
+            site, delta = found[0]
+            vector = self.trained[delta.name]
+            if scales_input(self.compiled, site):
+                inward.append(path)
+                tensors[f"{path}.ia3_l"] = vector.unsqueeze(0)
+                continue
+            if site.features is not None:
+                vector = torch.ones(_width(self.model, site), dtype=vector.dtype)
+                for own, delta in found:
+                    vector[list(own.features or ())] = self.trained[delta.name]
+            tensors[f"{path}.ia3_l"] = vector.unsqueeze(1)
+        paths = sorted(key.removesuffix(".ia3_l") for key in tensors)
+        return {"peft_type": "IA3", "target_modules": paths, "feedforward_modules": sorted(inward)}, tensors
+
+    def _prefix(self) -> tuple[dict[str, Any], Tensors]:
+        anatomy = self.compiled.program.anatomy
+        if len(anatomy.layers) != 1 or self.compiled.base.head not in ("causal-lm", "feature-extraction"):
+            raise DeltaError("PEFT runs a prefix under decoders and bare encoders only", there_is=[*anatomy.layers])
+        if not all(step.shift for step in steps(self.compiled, "prefix")):
+            raise DeltaError("PEFT moves the text's positions up by the prefix, and this build does not")
+        (layers,) = anatomy.layers.values()
+        slots = []
+        for layer in range(layers):
+            for part in ("prefix.key", "prefix.value"):
+                own = [d for d in self.ledger.deltas.values() if d.part == part and d.layer == layer]
+                if not own:
+                    raise DeltaError(f"PEFT has a prefix in every layer, and layer {layer} has none here")
+                slots.append(self.deployed[own[0].name])
+        if len({slot.shape for slot in slots}) > 1:
+            raise DeltaError("PEFT's prefix has keys and values of one size in all layers")
+        heads, length, width = slots[0].shape
+        rows = torch.stack(slots).permute(2, 0, 1, 3).reshape(length, -1)
+        return {
+            "peft_type": "PREFIX_TUNING",
+            "num_virtual_tokens": length,
+            "num_layers": layers,
+            "num_attention_heads": heads,
+            "token_dim": heads * width,
+            "num_transformer_submodules": 1,
+        }, {"prompt_embeddings": rows}
+
+    def _prompt(self) -> tuple[dict[str, Any], Tensors]:
+        if any(step.place != "front" for step in steps(self.compiled, "prompt")):
+            raise DeltaError("PEFT's prompt stands before the text, and this build's after its first token")
+        (delta,) = [d for d in self.ledger.deltas.values() if d.part == "prompt"]
+        rows = self.deployed[delta.name]
+        config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": len(rows), "token_dim": rows.shape[1]}
+        layers = sum(self.compiled.program.anatomy.layers.values())
+        shape = {"num_layers": layers, "num_attention_heads": 1, "num_transformer_submodules": 1}
+        return config | shape, {"prompt_embeddings": rows}
+
+    # -- modules ------------------------------------------------------------------------------------------------
+
+    def _modules(self) -> tuple[Tensors, list[str]]:
+        """Parameters of the modules that PEFT saves whole: the task's where it has them, else the base's."""
+        own = self._parameters()
+        names = list(CLASSIFIERS.get(TASKS.get(self.compiled.base.head, ""), ()))
+        for name in own:
+            path = name.rpartition(".")[0]
+            if not any(holds(n, path) for n in names):
+                names.append(path)
+        saved: Tensors = {}
+        for path, module in self.model.named_modules():
+            if path and any(path.endswith(name) for name in names):
+                for leaf, parameter in module.named_parameters():
+                    saved[f"{path}.{leaf}"] = own.get(f"{path}.{leaf}", parameter.detach())
+        return saved, names
+
+    def _parameters(self) -> Tensors:
+        """The task's own values of the base's parameters, by name and as the base stores them."""
+        own: Tensors = {}
+        for delta in self.ledger.deltas.values():
+            if delta.technique not in MODULES or delta.name not in self.trained:
+                continue
+            tensor, leaf = self.trained[delta.name], delta.part.rpartition(".")[2]
+            if delta.part.startswith("head."):
+                site = next(s for s in self.compiled.program.anatomy.projections if s.path == delta.site)
+                name = module_names(self.model, site.weight)[0].rpartition(".")[0]
+                if leaf == "bias" and site.bias is None:
+                    if tensor.any():
+                        raise DeltaError(f"{name} has no bias in the base, and this task's head has one")
+                    continue
+                own[f"{name}.{leaf}"] = tensor.T if leaf == "weight" and not site.in_first else tensor
+            elif not tensor.equal(delta.default):
+                own[f"{delta.site}.{leaf}"] = tensor
+        return own
+
+
+def _tidy(number: float) -> float | int:
+    """A whole number where rounding alone keeps it from being one."""
+    return round(number) if abs(number - round(number)) < 1e-9 else number
+
+
+def _width(model: nn.Module, site: Projection) -> int:
+    return int(model.get_parameter(site.weight).shape[1 if site.in_first else 0])
+
+
+def _spread(b: Tensor, site: Projection, width: int) -> Tensor:
+    whole = b.new_zeros(len(b), width)
+    whole[:, list(site.features or ())] = b
+    return whole

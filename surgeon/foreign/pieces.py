@@ -1,0 +1,106 @@
+"""What a foreign checkpoint holds, in terms of the base it belongs to: the common words of all readers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from surgeon.spec import HeadName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A low-rank product beside the module at `path`: y + scale · (x·a)·b, a [in, r], b [r, out]."""
+
+    path: str
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """A vector that multiplies what the module at `path` gives, or with `inward` what it takes."""
+
+    path: str
+    vector: Tensor
+    inward: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """A parameter of the base, `name`, that has another value: of a head, a norm, a bias."""
+
+    name: str
+    tensor: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Same:
+    """A parameter of the base that the file repeats; it tells whether the base is the right one."""
+
+    name: str
+    tensor: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """Keys and values in front of the real ones, `[kv heads, n, head dim]` a layer.
+
+    Without `stack` the base has one stack only. `shift` says that the text's positions move up by n.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    shift: bool
+    stack: str | None = None
+    cross: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Rows `[n, d]` in front of the text's embeddings."""
+
+    rows: Tensor
+
+
+Piece = Product | Scaling | Whole | Same | Prefix | Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """Which modules a checkpoint says it has changed, so that what is missing can be told.
+
+    `found` are the paths that have tensors; `wanted` gives, from the paths of all modules of a base, those that the
+    configuration selects; `biases` says which biases of the base were trained.
+    """
+
+    found: frozenset[str]
+    biases: str = "none"
+
+    def wanted(self, paths: Collection[str]) -> frozenset[str]:
+        """Paths that the configuration selects."""
+        return self.found & frozenset(paths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A foreign folder, read whole: every tensor of it is in one of the pieces."""
+
+    where: str
+    method: str
+    pieces: tuple[Piece, ...]
+    base: str | None = None
+    revision: str | None = None
+    fingerprint: str | None = None
+    head: HeadName | None = None
+    targets: Targets | None = None
+    labels: tuple[str, ...] | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> frozenset[str]:
+        """Names of the base's parameters that the checkpoint brings itself."""
+        return frozenset(piece.name for piece in self.pieces if isinstance(piece, Whole))

@@ -1,0 +1,264 @@
+"""Puts the pieces of a foreign checkpoint into the deltas of one task; what finds no place is an error.
+
+A file's module path is our site's path, so the match is by structure: no model's and no layer's name is known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgeon.anatomy import Projection, Site
+from surgeon.compiler import Compiled, passes
+from surgeon.errors import DeltaError
+from surgeon.foreign.pieces import Piece, Prefix, Product, Prompt, Same, Scaling, Whole
+from surgeon.foreign.sites import module_names, projections, stack_of
+from surgeon.ledger import Delta, Ledger
+
+
+def steps(compiled: Compiled, technique: str) -> list[Any]:
+    """The spec's passes of one technique: their options say what a delta means."""
+    return [step for step in passes(compiled.spec) if step.name == technique]
+
+
+def scales_input(compiled: Compiled, site: Projection) -> bool:
+    """Whether the build's IA3 scales what `site` takes, not what it gives."""
+    program = compiled.program
+    return any(s.inward(program, site) for s in steps(compiled, "ia3") if site in s.sites(program))
+
+
+def own_scale(ledger: Ledger, name: str, rank: int) -> float:
+    """By what the build multiplies the trained tensor `name` of this rank where it deploys it."""
+    for fold in ledger.folds:
+        if fold.inputs == fold.outputs == (name,):
+            return float(fold.fn(torch.ones(rank, 1, dtype=torch.float64))[0][0, 0])
+    return 1.0
+
+
+class Placing:
+    """The trained tensors of one task, filled piece by piece."""
+
+    def __init__(self, compiled: Compiled, where: str) -> None:
+        self.compiled = compiled
+        self.program = compiled.program
+        self.ledger = compiled.program.ledger
+        self.where = where
+        self.tensors: dict[str, Tensor] = {}
+
+    def place(self, piece: Piece) -> None:
+        """Fill the deltas that `piece` is made of. Raises DeltaError where the build has none for it."""
+        match piece:
+            case Product():
+                self._product(piece)
+            case Scaling():
+                self._scaling(piece)
+            case Whole():
+                self._whole(piece)
+            case Same():
+                self._same(piece)
+            case Prefix():
+                self._prefix(piece)
+            case Prompt():
+                self._prompt(piece)
+
+    # -- looking up ---------------------------------------------------------------------------------------------
+
+    def delta(self, site: Site, part: str) -> Delta | None:
+        """The delta of this part that a pass made for `site`."""
+        found = [d for d in self._deltas(part) if (d.site, d.role, d.stack) == (site.path, site.role, site.stack)]
+        return found[0] if found else None
+
+    def _deltas(self, part: str) -> list[Delta]:
+        return [d for d in self.ledger.deltas.values() if d.part == part]
+
+    def _projections(self, path: str) -> Sequence[Projection]:
+        """The roles of the module at `path`, each once."""
+        found = projections(self.program.anatomy, self.compiled.base.model, path, self.where)
+        return list({site.role: site for site in reversed(found)}.values())[::-1]
+
+    def lacking(self, what: str, path: str, technique: str) -> DeltaError:
+        """The build has no place for something."""
+        applied = [d.site for d in self.ledger.deltas.values() if d.technique == technique]
+        return DeltaError(
+            f"the build has no `{technique}` for {what} of {path}",
+            where=self.where,
+            there_is=list(dict.fromkeys(applied)) or f"techniques {', '.join(self.program.applied) or 'none'}",
+            try_="compile a spec that has it; `surgeon import FOLDER --base BASE -o BUILD` writes one",
+        )
+
+    def put(self, delta: Delta, tensor: Tensor) -> None:
+        """Fill one delta. Raises DeltaError for a shape that the base does not have there, or a second value."""
+        fits = tensor.dim() == len(delta.shape) and all(
+            axis in delta.free or size == got
+            for axis, (size, got) in enumerate(zip(delta.shape, tensor.shape, strict=True))
+        )
+        if not fits:
+            raise DeltaError(
+                f"{delta.name} would be {list(tensor.shape)} and is "
+                f"{['any' if a in delta.free else s for a, s in enumerate(delta.shape)]}",
+                where=self.where,
+                try_="was it trained on another base?",
+            )
+        if delta.name in self.tensors and not self.tensors[delta.name].equal(tensor):
+            raise DeltaError(f"{delta.name} would have two values", where=self.where)
+        self.tensors[delta.name] = tensor.contiguous()
+
+    # -- pieces -------------------------------------------------------------------------------------------------
+
+    def _product(self, piece: Product) -> None:
+        """A product of a fused projection is one for each of its roles, with the same factor `a`: exact."""
+        sites = self._projections(piece.path)
+        width = sum(site.out_features for site in sites)
+        if piece.b.shape[1] != width or piece.a.shape[0] != sites[0].in_features:
+            raise DeltaError(
+                f"{piece.path} goes from {piece.a.shape[0]} to {piece.b.shape[1]} in the file "
+                f"and from {sites[0].in_features} to {width} in the base",
+                where=self.where,
+                try_="was it trained on another base?",
+            )
+        for site in sites:
+            b = piece.b if site.features is None else piece.b[:, list(site.features)]
+            a_delta, b_delta = self.delta(site, "lora_A"), self.delta(site, "lora_B")
+            if a_delta is None or b_delta is None:
+                if b.any():
+                    raise self.lacking(site.role, piece.path, "lora")
+                continue
+            ratio = piece.scale / own_scale(self.ledger, b_delta.name, len(b))
+            self.put(a_delta, piece.a)
+            self.put(b_delta, b if ratio == 1 else (b.double() * ratio).to(b.dtype))
+
+    def _scaling(self, piece: Scaling) -> None:
+        for site in self._projections(piece.path):
+            delta = self.delta(site, "ia3_l")
+            if delta is None or scales_input(self.compiled, site) != piece.inward:
+                raise self.lacking(f"the {'input' if piece.inward else 'output'}", piece.path, "ia3")
+            whole = site.features is None or piece.inward
+            self.put(delta, piece.vector if whole else piece.vector[list(site.features or ())])
+
+    def _whole(self, piece: Whole) -> None:
+        """A parameter of the base: the head's under the head's names, any other under its own."""
+        path, _, leaf = piece.name.rpartition(".")
+        model = self.compiled.base.model
+        for site in self.program.anatomy.projections:
+            own = site.weight if leaf == "weight" else site.bias
+            head = self.delta(site, f"head.{leaf}")
+            if head is not None and own is not None and piece.name in module_names(model, own):
+                self.put(head, piece.tensor.T if leaf == "weight" and not site.in_first else piece.tensor)
+                return
+        owners = [n for n, p in model.named_parameters(remove_duplicate=False) if p is _parameter(model, piece.name)]
+        if len(owners) > 1:
+            what = f"{' and '.join(owners)} are one tensor of the base, and the file has made two of it"
+            raise DeltaError(what, where=self.where, try_="train without it in `modules_to_save`")
+        found = [d for d in self._deltas(leaf) if d.site == path]
+        whole = [d for d in found if d.shape == tuple(piece.tensor.shape)]
+        if whole:
+            self.put(whole[0], piece.tensor)
+        elif found and leaf == "bias":
+            self._slices(piece, found)
+        else:
+            raise self.lacking(f"the {leaf}", path, "head` or `norm_tuning` or `bitfit")
+
+    def _slices(self, piece: Whole, found: Iterable[Delta]) -> None:
+        """The bias of a fused projection of which only some roles are trained: the others must be the base's."""
+        base = self.program.tensor(piece.name) if piece.name in self.program.frozen else None
+        roles = {d.role: d for d in found}
+        for site in self._projections(piece.name.rpartition(".")[0]):
+            own = piece.tensor[list(site.features or ())]
+            if site.role in roles:
+                self.put(roles[site.role], own)
+            elif base is None or not own.equal(base[list(site.features or ())]):
+                raise self.lacking(f"the bias of {site.role}", site.path, "bitfit")
+
+    def _same(self, piece: Same) -> None:
+        own = _parameter(self.compiled.base.model, piece.name)
+        if own is None or not own.detach().equal(piece.tensor.to(own.dtype)):
+            raise DeltaError(
+                f"the file's copy of {piece.name} is not the base's",
+                where=self.where,
+                there_is="no such tensor in the base" if own is None else f"a base of shape {list(own.shape)}",
+                try_="it was trained on another base",
+            )
+
+    def _prefix(self, piece: Prefix) -> None:
+        stack = stack_of(self.program.anatomy, piece.stack, self.where)
+        for step in steps(self.compiled, "prefix"):
+            if step.shift != piece.shift:
+                says = f"prefix: {{shift: {str(piece.shift).lower()}}}"
+                raise DeltaError("text has other positions behind this prefix", where=self.where, try_=says)
+        for kind, tensors in (("prefix.key", piece.keys), ("prefix.value", piece.values)):
+            cross = "cross_attention" if piece.cross else "attention"
+            found = {d.layer: d for d in self._deltas(kind) if d.stack == stack and d.role == cross}
+            if not found:
+                raise self.lacking(cross, stack, "prefix")
+            if len(tensors) != self.program.anatomy.layers[stack]:
+                raise DeltaError(
+                    f"the prefix has {len(tensors)} layers and the base {self.program.anatomy.layers[stack]}",
+                    where=self.where,
+                    try_="was it trained on another base?",
+                )
+            for layer, tensor in enumerate(tensors):
+                if layer not in found:
+                    raise self.lacking(cross, f"layer {layer}", "prefix")
+                self.put(found[layer], tensor)
+
+    def _prompt(self, piece: Prompt) -> None:
+        found = self._deltas("prompt")
+        if not found:
+            raise self.lacking("the text", "the input", "prompt")
+        for step in steps(self.compiled, "prompt"):
+            if step.place != "front":
+                raise DeltaError(f"the build's prompt stands {step.place} the first token", where=self.where)
+        self.put(found[0], piece.rows)
+
+
+def _parameter(model: Any, name: str) -> Any:
+    return dict(model.named_parameters(remove_duplicate=False)).get(name)
+
+
+def complete(compiled: Compiled, task: str, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The trained tensors of `task`: those given, and for the rest what leaves the base as it is.
+
+    Raises DeltaError where a tensor that is not given has no such value, or belongs to no task of this kind.
+    """
+    ledger, wanted = compiled.program.ledger, compiled.model(task).state_dict()
+    folded = [n for n in tensors if ledger.deltas[n].init is None]
+    if folded:
+        raise DeltaError(
+            f"{folded[0]} is trained in another form in this build, and the file holds the final one",
+            where=where,
+            try_="compile a spec without the reparametrisation (`hidden`) for weights that are only run",
+        )
+    foreign = sorted(set(tensors) - set(wanted))
+    if foreign:
+        raise DeltaError(
+            f"the folder brings a head and the task '{task}' keeps the base's own",
+            where=where,
+            there_is=foreign,
+            try_=f"`tasks: {{{task}: {{labels: …}}}}` in the spec",
+        )
+    full = {name: tensors[name] if name in tensors else _empty(ledger, name) for name in wanted}
+    kept = {name: d.default for name, d in ledger.deltas.items() if name not in wanted and d.init is not None}
+    deployed = ledger.deploy({**kept, **full})
+    own = compiled.spec.tasks[task].labels
+    for name, delta in ledger.deltas.items():
+        if name in tensors or deployed[name].equal(delta.default):
+            continue
+        raise DeltaError(f"{name} is trained in another form, which has no empty state", where=where)
+    if own is not None and not any(delta.optional and n in tensors for n, delta in ledger.deltas.items()):
+        raise DeltaError(
+            f"the folder brings no head, and the task '{task}' has labels",
+            where=where,
+            try_="PEFT saves the head where `task_type` is SEQ_CLS or it stands in `modules_to_save`; else it is lost",
+        )
+    return full
+
+
+def _empty(ledger: Ledger, name: str) -> Tensor:
+    """What a trained tensor is where the technique is not used."""
+    if name in ledger.deltas:
+        return ledger.deltas[name].default
+    entry = ledger.trained[name]
+    return torch.zeros([0 if axis in entry.free else size for axis, size in enumerate(entry.shape)], dtype=entry.dtype)

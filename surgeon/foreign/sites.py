@@ -1,0 +1,52 @@
+"""Finds the sites of a base that a foreign file means by the path of a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from surgeon.anatomy import Anatomy, Projection
+from surgeon.errors import DeltaError, did_you_mean
+
+
+def projections(anatomy: Anatomy, model: Any, path: str, where: str) -> Sequence[Projection]:
+    """The projections of the module at `path`: one, or one for each role of a fused one and each call of a shared one.
+
+    A module whose weight is tied to another's, as a head is to an embedding, is found by the weight they share.
+    """
+    found = [site for site in anatomy.projections if site.path == path]
+    if not found:
+        found = [s for s in anatomy.projections if f"{path}.weight" in module_names(model, s.weight)]
+    if not found:
+        known = list(dict.fromkeys(site.path for site in anatomy.projections))
+        raise DeltaError(
+            f"the base has no projection {path}",
+            where=where,
+            there_is=known,
+            try_=did_you_mean(path, known) or "was it trained on another base?",
+        )
+    return found
+
+
+def module_names(model: Any, parameter: str) -> list[str]:
+    """The names of a parameter in the modules that compute with it; an embedding that shares it only looks rows up."""
+    wanted = model.get_parameter(parameter)
+    return [
+        f"{path}.{leaf}"
+        for path, module in model.named_modules()
+        if not isinstance(module, torch.nn.Embedding)
+        for leaf, own in module._parameters.items()
+        if own is wanted
+    ]
+
+
+def stack_of(anatomy: Anatomy, stack: str | None, where: str) -> str:
+    """The stack of this name, or the only one. Raises DeltaError where there is none, or there are two to choose."""
+    known = list(anatomy.layers)
+    if stack is None and len(known) == 1:
+        return known[0]
+    if stack not in known:
+        raise DeltaError(f"the base has no stack '{stack or 'of its own'}'", where=where, there_is=known)
+    return stack

@@ -1,0 +1,131 @@
+"""A folder that PEFT wrote becomes a task of a build, and ONNX Runtime answers as PEFT does."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+import surgeon
+from surgeon.foreign import import_build, import_tasks
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+
+CLASSIFIER, CAUSAL, SEQ2SEQ = "sequence-classification", "causal-lm", "seq2seq-lm"
+LORA = {"r": 4, "lora_alpha": 6}
+BARE = "feature-extraction"
+HEADS = {CLASSIFIER: "SEQ_CLS", CAUSAL: "CAUSAL_LM", SEQ2SEQ: "SEQ_2_SEQ_LM", BARE: "FEATURE_EXTRACTION"}
+EVERY_LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# base, head, configuration without its task type
+CASES = {
+    "lora_bert": ("bert", CLASSIFIER, LoraConfig, {**LORA, "target_modules": ["query", "value"]}),
+    "lora_roberta": ("roberta", CLASSIFIER, LoraConfig, LORA),
+    "lora_distilbert": ("distilbert", CLASSIFIER, LoraConfig, {**LORA, "target_modules": ["q_lin", "lin2"]}),
+    "lora_albert": ("albert", CLASSIFIER, LoraConfig, {**LORA, "target_modules": ["query", "ffn"]}),
+    "lora_llama": ("llama", CAUSAL, LoraConfig, {**LORA, "target_modules": EVERY_LLAMA}),
+    "lora_gpt2_fused": ("gpt2", CAUSAL, LoraConfig, {**LORA, "target_modules": ["c_attn", "c_fc"]}),
+    "lora_neox_interleaved": ("gpt_neox", CAUSAL, LoraConfig, {**LORA, "target_modules": ["query_key_value"]}),
+    "lora_t5": ("t5", SEQ2SEQ, LoraConfig, {**LORA, "target_modules": ["q", "v", "wo"]}),
+    "lora_tied_head": ("gpt2", CAUSAL, LoraConfig, {**LORA, "target_modules": ["lm_head", "c_proj"]}),
+    "lora_all_linear": ("bert", CLASSIFIER, LoraConfig, {**LORA, "target_modules": "all-linear"}),
+    "lora_regex": ("bert", CLASSIFIER, LoraConfig, {**LORA, "target_modules": r".*layer\.1\..*(query|key)"}),
+    "lora_one_layer": (
+        "bert", CLASSIFIER, LoraConfig, {**LORA, "target_modules": ["query"], "layers_to_transform": [1]},
+    ),
+    "rslora": ("bert", CLASSIFIER, LoraConfig, {**LORA, "target_modules": ["query"], "use_rslora": True}),
+    "lora_patterns": (
+        "bert", CLASSIFIER, LoraConfig,
+        {**LORA, "target_modules": ["query", "value"], "rank_pattern": {"layer.1.attention.self.query": 2},
+         "alpha_pattern": {"value": 11}},
+    ),
+    "lora_biases": ("bert", CLASSIFIER, LoraConfig, {**LORA, "target_modules": ["query"], "bias": "all"}),
+    "lora_own_biases": ("gpt2", CAUSAL, LoraConfig, {**LORA, "target_modules": ["c_attn"], "bias": "lora_only"}),
+    "lora_norms": (
+        "llama", CAUSAL, LoraConfig, {**LORA, "target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    ),
+    "lora_orthogonal": (
+        "bert", CLASSIFIER, LoraConfig, {**LORA, "target_modules": ["query"], "init_lora_weights": "orthogonal"},
+    ),
+    "ia3_bert": ("bert", CLASSIFIER, IA3Config, {}),
+    "ia3_gpt2": ("gpt2", CAUSAL, IA3Config, {}),
+    "ia3_llama": ("llama", CAUSAL, IA3Config, {}),
+    "ia3_t5": ("t5", SEQ2SEQ, IA3Config, {}),
+    "prefix_llama": ("llama", CAUSAL, PrefixTuningConfig, {"num_virtual_tokens": 5}),
+    "prefix_gpt2_mlp": ("gpt2", CAUSAL, PrefixTuningConfig, {"num_virtual_tokens": 5, "prefix_projection": True}),
+    "prefix_bert": ("bert", BARE, PrefixTuningConfig, {"num_virtual_tokens": 5}),
+    "prompt_gpt2": ("gpt2", CAUSAL, PromptTuningConfig, {"num_virtual_tokens": 5}),
+    "prompt_bert": ("bert", CLASSIFIER, PromptTuningConfig, {"num_virtual_tokens": 5}),
+    "prompt_t5": ("t5", SEQ2SEQ, PromptTuningConfig, {"num_virtual_tokens": 5}),
+    "p_tuning_mlp": ("llama", CAUSAL, PromptEncoderConfig, {"num_virtual_tokens": 5, "encoder_hidden_size": 16}),
+    "p_tuning_lstm": (
+        "bert", CLASSIFIER, PromptEncoderConfig,
+        {"num_virtual_tokens": 5, "encoder_hidden_size": 16, "encoder_reparameterization_type": "LSTM"},
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def made(foundry, tmp_path):
+    """One of the cases: base folder, head, and what PEFT wrote."""
+
+    def make(case, name="foreign", seed=3, **changes):
+        kind, head, config, options = CASES[case]
+        base = foundry.base(kind, head)
+        own = config(task_type=HEADS[head], **options)
+        return base, head, foundry.peft(base, head, own, tmp_path / name, seed, **changes)
+
+    return make
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_folder_becomes_a_task_that_answers_as_peft(case, made, compare, foundry):
+    base, head, foreign = made(case)
+    compiled = foundry.compile(base, head, a=foreign.path)
+    fed = compare.feed(foreign.model)
+    wanted = compare.answers(foreign.model, fed)
+    assert compare.gap(compare.answers(compiled.model("a").eval(), fed), wanted) <= 2e-6
+    plain = compare.answers(compiled.base.model, fed)
+    assert compare.gap(plain, wanted) > 1e-3
+
+
+def test_many_folders_are_one_build(made, compare, tmp_path):
+    """Techniques, ranks, targets and labels differ; ONNX Runtime answers as PEFT for each, and as the base for none."""
+    base, _, first = made("lora_bert", "first")
+    folders = {"first": first} | {
+        name: made(case, name, seed, **changes)[2]
+        for name, case, seed, changes in (
+            ("stable", "rslora", 4, {"num_labels": 3}),
+            ("linear", "lora_all_linear", 5, {}),
+            ("patterns", "lora_patterns", 6, {"num_labels": 5}),
+            ("scaled", "ia3_bert", 7, {}),
+            ("prompted", "prompt_bert", 8, {"num_labels": 4}),
+            ("biased", "lora_biases", 9, {}),
+        )
+    }
+    done = import_build({name: f.path for name, f in folders.items()}, str(base), tmp_path / "build")
+    assert [one.task for one in done] == list(folders)
+    fed = compare.feed(first.model)
+    plain = compare.answers(surgeon.load(tmp_path / "build").base.model, fed)
+    for name, foreign in folders.items():
+        wanted = compare.answers(foreign.model, fed)
+        assert compare.gap(compare.served(tmp_path / "build", name, fed), wanted) <= 1e-5
+    assert compare.gap(compare.served(tmp_path / "build", None, fed), plain) <= 1e-5
+
+
+def test_a_folder_is_read_into_a_task_of_a_build(made, compare, tmp_path):
+    """Of another rank and scale, beside tasks that stay as they are."""
+    base, _, foreign = made("lora_bert", num_labels=3)
+    spec = {
+        "base": {"model": str(base)},
+        "surgery": [{"lora": {"rank": 8, "alpha": 16}}, {"ia3": {}}],
+        "tasks": {"mine": {"labels": ["a", "b", "c"]}, "other": {"labels": 2}},
+    }
+    surgeon.compile(spec, out=tmp_path / "build")
+    fed = compare.feed(foreign.model)
+    before = compare.served(tmp_path / "build", "other", fed)
+    (done,) = import_tasks({"mine": foreign.path}, tmp_path / "build")
+    assert (done.task, done.method, done.parameters) == ("mine", "LORA", 4 * 4 * (32 + 32) + 33 * 3)
+    assert compare.gap(compare.served(tmp_path / "build", "mine", fed), compare.answers(foreign.model, fed)) <= 1e-5
+    assert (compare.served(tmp_path / "build", "other", fed) == before).all()
