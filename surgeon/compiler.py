@@ -148,6 +148,8 @@ def study(
         config=opened.model.config,
         head=opened.head,
         fingerprint=opened.fingerprint,
+        max_length=opened.max_length,
+        tokenizer=opened.tokenizer_path,
         frozen=frozenset(n for n, _ in [*graph_module.named_parameters(), *graph_module.named_buffers()]),
     )
     return opened, program

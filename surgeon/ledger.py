@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -144,6 +144,8 @@ class Ledger:
     schedules: list[Callable[[], Schedule]] = field(default_factory=list)
     left_out: int = 0
     """Layers, from the lowest, that every task of this spec does without, as far as they can be dropped."""
+    positions: dict[str, str] = field(default_factory=dict)
+    """Free symbols that take so many positions of the base from an input's axis: of a prompt, say, from `sequence`."""
 
     def add(self, entry: Delta | Trained) -> None:
         """Enter one tensor. Raises CompositionError where the name is taken or a shared free size differs."""
@@ -226,12 +228,29 @@ class Ledger:
         return {n: d.default for n, d in self.deltas.items()}
 
 
-def initial(ledger: Ledger, seed: str, sizes: Mapping[str, int] | None = None) -> dict[str, Tensor]:
-    """Fresh trained tensors; each depends on `seed` and its own name only, so specs can grow without reshuffling."""
-    return {
-        name: start.init(start.shape, generator(f"{seed}/{name}")).to(start.dtype)
-        for name, start in ledger.parameters(sizes).items()
-    }
+@dataclass(frozen=True)
+class ByLabels:
+    """An Init that depends on the names of the task's labels too: empty where it has none, None without a task."""
+
+    fn: Callable[[tuple[int, ...], torch.Generator, Sequence[str] | None], Tensor]
+    labels: Sequence[str] | None = None
+
+    def __call__(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        return self.fn(shape, rng, self.labels)
+
+
+def initial(
+    ledger: Ledger, seed: str, sizes: Mapping[str, int] | None = None, labels: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """Fresh trained tensors; each depends on `seed` and its own name only, so specs can grow without reshuffling.
+
+    `labels` are the names of the task's labels: see `ByLabels`.
+    """
+    fresh = {}
+    for name, start in ledger.parameters(sizes).items():
+        init = ByLabels(start.init.fn, labels) if isinstance(start.init, ByLabels) else start.init
+        fresh[name] = init(start.shape, generator(f"{seed}/{name}")).to(start.dtype)
+    return fresh
 
 
 def generator(text: str) -> torch.Generator:

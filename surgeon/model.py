@@ -60,6 +60,9 @@ class TaskModel(nn.Module):
             None if labels is None else [self.config.id2label[i] for i in range(len(self.config.id2label))]
         )
         module = fx.GraphModule(graph, graph.graph)
+        for node in module.graph.nodes:
+            if node.op == "call_module":  # it reads `training`, which is each task's own
+                module._modules[node.target] = copy.copy(module._modules[node.target])
         # The graph runs unregistered while its children and tensors are registered here, under the names of the ledger.
         object.__setattr__(self, "_graph", module)
         self._modules = module._modules
@@ -69,8 +72,9 @@ class TaskModel(nn.Module):
             parameter.requires_grad_(False)
         for name in ledger.deltas:
             self._own(name, None)
+        self.names = () if labels is None or isinstance(labels, int) else tuple(labels)
         self._sizes = {} if labels is None else {"labels": labels if isinstance(labels, int) else len(labels)}
-        starts, fresh = ledger.parameters(self._sizes), initial(ledger, seed, self._sizes)
+        starts, fresh = ledger.parameters(self._sizes), initial(ledger, seed, self._sizes, self.names)
         # Where everything is the task's own, no parameter of the base is left to ask.
         device = next(chain(self.parameters(), fresh.values())).device
         for name, tensor in fresh.items():
@@ -112,9 +116,9 @@ class TaskModel(nn.Module):
         given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
         output = self._run(self._complete(given, labels))
         targets = {"labels": labels, "start_positions": start_positions, "end_positions": end_positions}
-        targets = {name: value for name, value in targets.items() if value is not None}
-        if targets:
-            loss = self._loss(output, targets)
+        if any(value is not None for value in targets.values()):
+            given_targets = {name: _as_often(value, output) for name, value in targets.items() if value is not None}
+            loss = self._loss(output, given_targets)
             if self.training:
                 loss = loss + self._penalty()
             output = type(output)(loss=loss, **{k: v for k, v in output.items() if k != "loss"})
@@ -210,6 +214,12 @@ class TaskModel(nn.Module):
             else:
                 self._own(name, nn.Parameter(fresh.clone(), requires_grad=own.requires_grad))
         return torch.nn.modules.module._IncompatibleKeys([], [])
+
+
+def _as_often(labels: Tensor, output: Any) -> Tensor:
+    """Labels for every row of an output: an ensemble answers each text several times in training."""
+    rows = next(t for t in output.values() if isinstance(t, Tensor)).shape[0]
+    return labels.repeat(rows // labels.shape[0], *[1] * (labels.dim() - 1))
 
 
 def check_trained(

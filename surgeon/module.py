@@ -37,6 +37,13 @@ class SwitchableAttention(nn.Module):
         )
 
 
+class Either(nn.Module):
+    """What the graph returns: one value in training, another in evaluation."""
+
+    def forward(self, training: Tensor, evaluation: Tensor) -> Tensor:
+        return training if self.training else evaluation
+
+
 def switchable(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A copy of the graph over the same tensors, in which dropout is a module that reads `training`."""
     graph = fx.Graph()

@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 from torch.fx.node import Argument
 
 from surgeon.anatomy import Anatomy, Site
 from surgeon.dataflow import ancestors, descendants
-from surgeon.errors import CompositionError, InvariantError
-from surgeon.ledger import Delta, Fold, Init, Ledger, Penalty, Schedule, Trained, generator
+from surgeon.errors import CompositionError, InvariantError, SpecError
+from surgeon.ledger import Delta, Fold, Init, Ledger, Penalty, Schedule, Trained, generator, symbols
 from surgeon.ledger import value as base_value
+from surgeon.module import Either, switchable
 from surgeon.probes import PROBE, Probe
+from surgeon.tokens import tokenize
 from surgeon.trace import Input
 
 
@@ -38,6 +42,10 @@ class Program:
     head: str
     frozen: frozenset[str]
     fingerprint: str = ""
+    max_length: int | None = None
+    """Positions that the base has for text; None where nothing limits them."""
+    tokenizer: Path | None = None
+    """A `tokenizer.json`; None where the base has none."""
     ledger: Ledger = field(default_factory=Ledger)
     applied: list[str] = field(default_factory=list)
     constants: dict[str, Tensor] = field(default_factory=dict)
@@ -229,6 +237,41 @@ class Program:
         """Mark a value to be looked at."""
         node.meta[PROBE] = probe
 
+    def occupy(self, symbol: str, axis: str) -> None:
+        """Say that a free size takes positions of the base from an input's axis. Raises SpecError if none is left."""
+        self.ledger.positions[symbol] = axis
+        sizes = symbols(self.ledger.deltas.values())
+        taken = sum(sizes[s] for s, of in self.ledger.positions.items() if of == axis)
+        if self.max_length is not None and taken >= self.max_length:
+            raise SpecError(
+                f"'{self._author[0]}' leaves no position for the text: {taken} of {self.max_length} are taken",
+                try_=f"a shorter one: the base has {self.max_length} positions in all",
+            )
+
+    def tokenize(self, text: str) -> list[int]:
+        """The base's token ids of some words, without special tokens around them.
+
+        Raises SpecError where the base has no tokenizer, or no token for a part of the text.
+        """
+        return tokenize(self.tokenizer, text)
+
+    def evaluate(self, nodes: Sequence[fx.Node], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """What the base computes at some nodes, without dropout; absent inputs are filled as the base would."""
+        graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+        graph.graph_copy(self.graph, env)
+        graph.output([env[node] for node in nodes])
+        graph.eliminate_dead_code()
+        module = switchable(fx.GraphModule(self.graph_module, graph)).eval()
+        device = next(self.graph_module.parameters()).device
+        ids = inputs["input_ids"]
+        fills = {i.name: ids if i.fill is None else torch.full_like(ids, i.fill) for i in self.inputs}
+        given = {name: inputs.get(name, fill) for name, fill in fills.items()}
+        read = {node.target for node in graph.nodes if node.op == "get_attr"}
+        defaults = {name: t.to(device) for name, t in self.ledger.defaults().items() if name in read}
+        with torch.no_grad():
+            found = functional_call(module, defaults, (), {name: t.to(device) for name, t in given.items()})
+        return list(found)
+
     @property
     def dtype(self) -> torch.dtype:
         """The base's floating type."""
@@ -310,6 +353,21 @@ class Program:
             reader.replace_input_with(now, result)
             self._edges[reader, operand] = result
         return result
+
+    def answer(self, output: fx.Node, fn: Callable[..., Any], deltas: Sequence[Delta]) -> None:
+        """Let the graph return `fn(output, *deltas)` in evaluation and when deployed, in training `output` as it is.
+
+        In training the rows of an output may be a multiple of the texts: labels are repeated as often.
+        """
+        raw = self.current(self._edges.get((self.output, output), output))
+        result = self.replace_operand([self.output], output, fn, deltas)
+        if not hasattr(self.graph_module, "either"):
+            self.graph_module.add_submodule("either", Either())
+        with self.graph.inserting_after(result):
+            either = self.graph.call_module("either", (raw, result))
+        either.meta = dict(result.meta)
+        self.output.replace_input_with(result, either)
+        self._edges[self.output, output] = either
 
     def take_over(self, site: Site, part: str, name: str, *, optional: bool = False) -> Delta:
         """Make the base's parameter `name` a delta that starts at its value; every reader reads the delta instead.

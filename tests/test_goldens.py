@@ -36,6 +36,7 @@ TECHNIQUES = {
     "fusion": {"fusion": {"of": 3, "bottleneck": 6, "where": "residual.ffn@0"}},
     "bitfit": {"bitfit": {"where": ["attention.query@0", "ffn.up@0"]}},
     "prefix": {"prefix": {"length": 5, "where": "attention@0"}},
+    "p_tuning": {"p_tuning": {"template": "[P]*3 {text} [P]*2"}},
     "p_tuning_v2": {"p_tuning_v2": {"length": 5, "where": "attention@0"}},
     "head": {"head": {"labels": 5}},
 }

@@ -56,7 +56,7 @@ def train_build(
     if fresh:
         sizes = {"labels": model.config.num_labels}
         frozen = {name: t for name, t in model.state_dict().items() if not model.get_parameter(name).requires_grad}
-        model.load_state_dict(initial(model.ledger, f"{compiled.spec.seed}/{task}", sizes) | frozen)
+        model.load_state_dict(initial(model.ledger, f"{compiled.spec.seed}/{task}", sizes, model.names) | frozen)
     tokenizer = load_tokenizer(build, compiled.base.max_length)
     say("training")
     settings = options or TrainOptions()

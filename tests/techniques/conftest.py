@@ -43,6 +43,7 @@ class Lab:
     def __init__(self, tiny: Callable[..., PreTrainedModel]) -> None:
         self._tiny = tiny
         self._bases: dict[str, PreTrainedModel] = {}
+        self.tokenizer: Path | None = None
         self._traces: dict[int, tuple[PreTrainedModel, fx.GraphModule]] = {}
 
     def base(self, kind: str, head: str | None = None, **changes: Any) -> PreTrainedModel:
@@ -72,6 +73,8 @@ class Lab:
             config=model.config,
             head=opened.head,
             fingerprint=opened.fingerprint,
+            max_length=opened.max_length,
+            tokenizer=self.tokenizer,
             frozen=frozenset(n for n, _ in [*graph_module.named_parameters(), *graph_module.named_buffers()]),
         )
         return Compiled(spec, opened, run_passes(program, list(passes(spec))))

@@ -43,9 +43,11 @@ TECHNIQUES = {
     "bitfit": {"bitfit": {}},
     "prefix": {"prefix": {"length": 4}},
     "prefix_mlp": {"prefix": {"length": 4, "hidden": 6}},
+    "prompt": {"prompt": {"length": 4}},
+    "p_tuning": {"p_tuning": {"template": "[P]*3 {text} [P]*2"}},
     "p_tuning_v2": {"p_tuning_v2": {"length": 4, "dropout": 0.0}},
 }
-NOT_BORN_AS_THE_BASE = ("prefix", "prefix_mlp", "p_tuning_v2")
+NOT_BORN_AS_THE_BASE = ("prefix", "prefix_mlp", "prompt", "p_tuning", "p_tuning_v2")
 COMPOSED = (TECHNIQUES["lora"], TECHNIQUES["prefix"], TECHNIQUES["parallel"])
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from surgeon.errors import SpecError
+
 LENGTH = 4
 
 
@@ -79,3 +81,34 @@ def test_a_prompt_of_no_tokens_is_the_base_exactly(lab):
     ours.load_state_dict({name: tensor[:0] for name, tensor in ours.state_dict().items()})
     fed = lab.feed(model, 3, 9)
     assert torch.equal(ours(**fed).logits, model(**fed).logits)
+
+
+@pytest.mark.parametrize("start", ["vocabulary", "labels"])
+def test_a_prompt_starts_at_words_and_at_the_mean_of_each_labels_words(start, lab, base_folder, monkeypatch):
+    monkeypatch.setattr(lab, "tokenizer", base_folder / "tokenizer.json")
+    model = lab.base("bert")
+    tasks = {"a": {"labels": ["good film", "bad"]}}
+    ours = lab.operate(model, {"prompt": {"length": LENGTH, "start": start}}, tasks=tasks).model("a")
+    prompt = next(t for name, t in ours.state_dict().items() if name.endswith(".prompt"))
+    table = model.get_input_embeddings().weight
+    if start == "labels":
+        assert torch.equal(prompt[0], table[[4, 12]].mean(0))
+        assert torch.equal(prompt[1], table[7])
+        prompt = prompt[2:]
+    assert all((row == table).all(1).any() for row in prompt)
+
+
+def test_a_start_from_labels_needs_a_tokenizer_names_and_room_for_them(lab, base_folder, monkeypatch):
+    model, surgery = lab.base("bert"), {"prompt": {"length": 2, "start": "labels"}}
+    with pytest.raises(SpecError, match="this base has no tokenizer"):
+        lab.operate(model, surgery)
+    monkeypatch.setattr(lab, "tokenizer", base_folder / "tokenizer.json")
+    for labels in (None, 3, ["good", "bad", "poor"]):
+        compiled = lab.operate(model, surgery, tasks={"a": {"labels": labels}})
+        with pytest.raises(SpecError, match=r"gives each label a token, and there are [03] for 2 tokens"):
+            compiled.model("a")
+
+
+def test_a_prompt_that_leaves_no_room_for_the_text_is_an_error(lab):
+    with pytest.raises(SpecError, match="'prompt' leaves no position for the text: 64 of 64 are taken"):
+        lab.operate(lab.base("gpt2"), {"prompt": {"length": 64}})
