@@ -124,6 +124,8 @@ def _write_task(folder: Path, task: str, model: TaskModel, fingerprint: str) -> 
     """The task's two files under names that hold their hash; returns its manifest entry."""
     tasks = folder / "tasks"
     tasks.mkdir(exist_ok=True)
+    for schedule in model.schedules:
+        schedule.check(model)
     trained = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
     deployed = {n: t.detach().cpu().contiguous() for n, t in model.ledger.shrink(model.deployed()).items()}
     metadata = {"base": fingerprint}  # one key: safetensors writes several in another order every time

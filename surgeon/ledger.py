@@ -125,6 +125,9 @@ class Schedule:
         """Whether weights after this step may be kept as the best ones."""
         return True
 
+    def check(self, model: Any) -> None:
+        """Before the task is written. Raise DeltaError where its weights are not such as a whole run leaves them."""
+
     def state(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint."""
         return {}

@@ -163,7 +163,7 @@ class Run:
             self.best_epoch = len(self.history)
             self.best = copy_weights(self.model)
         patience = self.options.patience
-        self.stopped = patience is not None and len(self.history) - self.best_epoch >= patience
+        self.stopped = settled and patience is not None and len(self.history) - self.best_epoch >= patience
 
     def _progress(self, epoch: int) -> Progress:
         accuracy = self.history[-1].accuracy if self.history else None

@@ -33,11 +33,16 @@ COMPOSED = {
 }
 DORA = {"lora": {"rank": 3, "dora": True, "where": ["attention.query", "attention.value", "ffn.down"]}}
 TABLE = {"lora": {"rank": 2, "bias": True, "where": ["embedding.token", "attention.output"]}}
+ADALORA = {"adalora": {"rank": 4, "target_rank": 2}}
 VARIANTS = {  # of LoRA: composed again, for the kinds that differ
     "bert-dora": ("bert", [DORA, TABLE, {"bitfit": {}}, {"head": {}}]),
     "llama-dora": ("llama", [DORA, TABLE]),
     "gpt2-dora": ("gpt2", [DORA, TABLE, {"bitfit": {}}]),
     "t5-dora": ("t5", [DORA, TABLE]),
+    "bert-adalora": ("bert", [ADALORA, {"lora": {"rank": 3}}, {"bitfit": {}}, {"head": {}}]),
+    "llama-adalora": ("llama", [ADALORA, {"lora": {"rank": 3}}]),
+    "gpt2-adalora": ("gpt2", [ADALORA, {"bitfit": {}}]),
+    "t5-adalora": ("t5", [ADALORA, {"lora": {"rank": 3}}]),
 }
 SIZES = [(3, 11, 4), (1, 5, 0), (2, 20, 3), (4, 2, 0)]  # batch, length, padding; traced was 2 by 7
 
@@ -62,11 +67,11 @@ class Build:
         self.compiled._models.pop("a", None)
         model = self.compiled.model("a").eval()
         noise = torch.Generator().manual_seed(seed)
-        deltas = self.compiled.program.ledger.deltas
+        ledger = self.compiled.program.ledger
         tensors = {}
         for key, tensor in model.state_dict().items():
             shape = list(tensor.shape)
-            for axis, symbol in (deltas[key].free if key in deltas else {}).items():
+            for axis, symbol in ledger.free(key).items():
                 shape[axis] = next((n for end, n in sizes.items() if end in symbol.split(".")), shape[axis])
             start = tensor if tensor.shape == tuple(shape) else torch.zeros(shape)
             tensors[key] = start + 0.2 * torch.randn(shape, generator=noise)
