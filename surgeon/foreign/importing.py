@@ -12,10 +12,11 @@ from surgeon.base import Base
 from surgeon.build import check_writable
 from surgeon.compiler import Compiled, load, passes, study
 from surgeon.errors import DeltaError, SpecError, did_you_mean
-from surgeon.foreign import peft
+from surgeon.foreign import adapterhub, peft
 from surgeon.foreign.checking import check
 from surgeon.foreign.pieces import Checkpoint
 from surgeon.foreign.placing import Placing, complete
+from surgeon.foreign.settling import settle
 from surgeon.foreign.union import union
 from surgeon.pipeline import run_passes
 from surgeon.program import Program
@@ -42,6 +43,8 @@ def read(folder: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
     folder = Path(folder)
     if peft.reads(folder):
         return peft.read(folder, allow_pickle=allow_pickle)
+    if adapterhub.reads(folder):
+        return adapterhub.read(folder, allow_pickle=allow_pickle)
     inner = sorted(p.parent.name for p in folder.glob(f"*/{peft.CONFIG}")) if folder.is_dir() else []
     raise DeltaError(
         f"holds no checkpoint of PEFT or AdapterHub: it has no {peft.CONFIG} of theirs",
@@ -109,6 +112,7 @@ def assemble(
 ) -> tuple[Compiled, list[Imported]]:
     """Compile the union of what checkpoints need over a base that was studied, and fill its tasks."""
     base, program = studied
+    checkpoints = {task: settle(c, base, program.anatomy) for task, c in checkpoints.items()}
     for checkpoint in checkpoints.values():
         check(checkpoint, base, named, ignore_base_name=ignore_base_name)
     spec = Spec.model_validate(union(checkpoints, base, program.anatomy) | {"base": named})
@@ -120,6 +124,7 @@ def _fill(compiled: Compiled, task: str, checkpoint: Checkpoint, *, ignore_base_
     """Put a checkpoint into the task's model."""
     if task not in compiled.tasks:
         raise SpecError(f"there is no task '{task}'", there_is=compiled.tasks, try_=did_you_mean(task, compiled.tasks))
+    checkpoint = settle(checkpoint, compiled.base, compiled.program.anatomy)
     check(checkpoint, compiled.base, compiled.spec.base, ignore_base_name=ignore_base_name)
     placing = Placing(compiled, checkpoint.where)
     for piece in checkpoint.pieces:

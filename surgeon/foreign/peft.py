@@ -45,7 +45,7 @@ Tensors = dict[str, Tensor]
 def reads(folder: Path) -> bool:
     """Whether this is a PEFT folder."""
     path = folder / CONFIG
-    return path.is_file() and "peft_type" in read_config(path)
+    return path.is_file() and "model_class" not in read_config(path)
 
 
 def read(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
@@ -132,8 +132,8 @@ def _prefix(options: Options, left: Tensors, where: str) -> tuple[list[Piece], N
     layers, heads, width = (options.need(k, int) for k in ("num_layers", "num_attention_heads", "token_dim"))
     if rows.shape[1] != 2 * layers * width or width % heads:
         raise DeltaError(f"{rows.shape[1]} numbers a token are not 2 · {layers} layers · {width}", where=where)
-    slots = rows.reshape(len(rows), layers, 2, heads, width // heads).permute(1, 2, 3, 0, 4)
-    keys, values = slots[:, 0].unbind(0), slots[:, 1].unbind(0)
+    slots = rows.reshape(len(rows), layers, 2, width)
+    keys, values = (slots[:, :, i].unbind(1) for i in (0, 1))
     return [Prefix(keys=keys, values=values, shift=True)], None
 
 

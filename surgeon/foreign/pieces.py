@@ -47,7 +47,7 @@ class Same:
 
 @dataclass(frozen=True, kw_only=True)
 class Prefix:
-    """Keys and values in front of the real ones, `[kv heads, n, head dim]` a layer.
+    """Keys and values in front of the real ones, `[n, kv heads · head dim]` a layer.
 
     Without `stack` the base has one stack only. `shift` says that the text's positions move up by n.
     """
@@ -60,13 +60,35 @@ class Prefix:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bottleneck:
+    """An adapter in the module at `path`, or one of AdapterHub's own beside it: scale · (act(z·down + b)·up + b).
+
+    `weights` are down [d, m], its bias [m], up [m, d], its bias [d].
+    """
+
+    path: str
+    weights: tuple[Tensor, Tensor, Tensor, Tensor]
+    placement: str
+    activation: str
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """A head of two layers with tanh between them, on the first token: weight and bias of each, [out, in] and [out]."""
+
+    dense: tuple[Tensor, Tensor]
+    out: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prompt:
     """Rows `[n, d]` in front of the text's embeddings."""
 
     rows: Tensor
 
 
-Piece = Product | Scaling | Whole | Same | Prefix | Prompt
+Piece = Product | Scaling | Whole | Same | Prefix | Prompt | Bottleneck | Classifier
 
 
 @dataclass(frozen=True, kw_only=True)

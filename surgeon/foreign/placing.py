@@ -14,8 +14,8 @@ from torch import Tensor
 from surgeon.anatomy import Projection, Site
 from surgeon.compiler import Compiled, passes
 from surgeon.errors import DeltaError
-from surgeon.foreign.pieces import Piece, Prefix, Product, Prompt, Same, Scaling, Whole
-from surgeon.foreign.sites import module_names, projections, stack_of
+from surgeon.foreign.pieces import Bottleneck, Piece, Prefix, Product, Prompt, Same, Scaling, Whole
+from surgeon.foreign.sites import check_entry, form, join_at, module_names, projections, stack_of
 from surgeon.ledger import Delta, Ledger
 
 
@@ -34,7 +34,7 @@ def own_scale(ledger: Ledger, name: str, rank: int) -> float:
     """By what the build multiplies the trained tensor `name` of this rank where it deploys it."""
     for fold in ledger.folds:
         if fold.inputs == fold.outputs == (name,):
-            return float(fold.fn(torch.ones(rank, 1, dtype=torch.float64))[0][0, 0])
+            return float(fold.fn(torch.ones(max(rank, 1), 1, dtype=torch.float64))[0][0, 0])
     return 1.0
 
 
@@ -63,6 +63,10 @@ class Placing:
                 self._prefix(piece)
             case Prompt():
                 self._prompt(piece)
+            case Bottleneck():
+                self._bottleneck(piece)
+            case _:
+                raise TypeError(type(piece).__name__)
 
     # -- looking up ---------------------------------------------------------------------------------------------
 
@@ -120,14 +124,18 @@ class Placing:
                 try_="was it trained on another base?",
             )
         for site in sites:
-            b = piece.b if site.features is None else piece.b[:, list(site.features)]
+            a, b = piece.a, piece.b
+            if site.features is not None:
+                b = b[:, list(site.features)]
+                used = b.any(1)  # of products side by side, the role's own
+                a, b = a[:, used], b[used]
             a_delta, b_delta = self.delta(site, "lora_A"), self.delta(site, "lora_B")
             if a_delta is None or b_delta is None:
                 if b.any():
                     raise self.lacking(site.role, piece.path, "lora")
                 continue
             ratio = piece.scale / own_scale(self.ledger, b_delta.name, len(b))
-            self.put(a_delta, piece.a)
+            self.put(a_delta, a)
             self.put(b_delta, b if ratio == 1 else (b.double() * ratio).to(b.dtype))
 
     def _scaling(self, piece: Scaling) -> None:
@@ -202,7 +210,23 @@ class Placing:
             for layer, tensor in enumerate(tensors):
                 if layer not in found:
                     raise self.lacking(cross, f"layer {layer}", "prefix")
-                self.put(found[layer], tensor)
+                heads, _, width = found[layer].shape
+                if tensor.shape[1] != heads * width:
+                    what = f"the prefix has {tensor.shape[1]} numbers a token and layer, the base {heads} · {width}"
+                    raise DeltaError(what, where=self.where, try_="was it trained on another base?")
+                self.put(found[layer], tensor.reshape(-1, heads, width).transpose(0, 1))
+
+    def _bottleneck(self, piece: Bottleneck) -> None:
+        join = join_at(self.program.anatomy, piece.path, self.where)
+        deltas = [self.delta(join, part) for part in ("down.weight", "down.bias", "up.weight", "up.bias")]
+        own = [s for s in steps(self.compiled, "adapter") if (s.placement, s.activation) == form(piece)]
+        if None in deltas or not own:
+            raise self.lacking(f"a {' '.join(form(piece))} adapter in place", piece.path, "adapter")
+        ratio = piece.scale / own[0].factor
+        check_entry(join, piece, self.where)
+        for delta, weight, scaled in zip(deltas, piece.weights, (False, False, True, True), strict=True):
+            if delta is not None:
+                self.put(delta, weight * ratio if scaled and ratio != 1 else weight)
 
     def _prompt(self, piece: Prompt) -> None:
         found = self._deltas("prompt")

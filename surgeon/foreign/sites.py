@@ -7,8 +7,16 @@ from typing import Any
 
 import torch
 
-from surgeon.anatomy import Anatomy, Projection
+from surgeon.anatomy import Anatomy, Join, Projection
 from surgeon.errors import DeltaError, did_you_mean
+from surgeon.foreign.pieces import Bottleneck
+
+BESIDE = {
+    "attention_adapters": "residual.attention",
+    "output_adapters": "residual.ffn",
+    "cross_attention_adapters": "residual.cross_attention",
+}
+"""Modules that AdapterHub adds to a layer, by the join they act on."""
 
 
 def projections(anatomy: Anatomy, model: Any, path: str, where: str) -> Sequence[Projection]:
@@ -40,6 +48,36 @@ def module_names(model: Any, parameter: str) -> list[str]:
         for leaf, own in module._parameters.items()
         if own is wanted
     ]
+
+
+def join_at(anatomy: Anatomy, path: str, where: str) -> Join:
+    """The join of the sublayer that ends in the module at `path`, or beside which AdapterHub has put one of its own."""
+    parent, _, leaf = path.rpartition(".")
+    inside, role = (parent, BESIDE[leaf]) if leaf in BESIDE else (path, None)
+    found = [j for j in anatomy.joins if j.path.startswith(f"{inside}.") and role in (None, j.role)]
+    if len(found) != 1:
+        raise DeltaError(
+            f"the base has {len(found) or 'no'} residual joins at {path}",
+            where=where,
+            there_is=[j.path for j in anatomy.joins],
+            try_="was it trained on another base?",
+        )
+    return found[0]
+
+
+def form(piece: Bottleneck) -> tuple[str, str]:
+    """What all adapters of one `adapter` item share."""
+    return piece.placement, piece.activation
+
+
+def check_entry(join: Join, piece: Bottleneck, where: str) -> None:
+    """A parallel adapter of AdapterHub reads the stream, ours what the sublayer reads: one where no norm is between."""
+    if piece.placement == "parallel" and join.entry is not join.skip:
+        raise DeltaError(
+            f"AdapterHub's parallel adapter at {piece.path} reads the stream before the norm",
+            where=where,
+            try_="He et al. define it behind the norm, and so does `adapter`: train it again here",
+        )
 
 
 def stack_of(anatomy: Anatomy, stack: str | None, where: str) -> str:

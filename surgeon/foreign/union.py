@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
-from surgeon.anatomy import Anatomy, Attention, Norm, Projection, Selector, Site, select
+from surgeon.anatomy import Anatomy, Attention, Join, Norm, Projection, Selector, Site, select
 from surgeon.base import Base
 from surgeon.errors import DeltaError, SpecError
-from surgeon.foreign.pieces import Checkpoint, Piece, Prefix, Product, Prompt, Scaling, Whole
-from surgeon.foreign.sites import module_names, projections, stack_of
+from surgeon.foreign.pieces import Bottleneck, Checkpoint, Piece, Prefix, Product, Prompt, Scaling, Whole
+from surgeon.foreign.sites import form, join_at, module_names, projections, stack_of
 
 S = TypeVar("S", bound=Site)
 P = TypeVar("P", bound=Piece)
@@ -25,7 +25,7 @@ HEAD = ("head.out", "head.dense")
 def union(checkpoints: Mapping[str, Checkpoint], base: Base, anatomy: Anatomy) -> dict[str, Any]:
     """`surgery` and `tasks` of a spec for these checkpoints. Raises SpecError where no graph holds them all."""
     view = _View(checkpoints, base, anatomy)
-    steps = (view.prompt(), view.prefix(), view.lora(), view.ia3(), *view.parameters(), view.head())
+    steps = (view.prompt(), view.prefix(), view.lora(), view.ia3(), view.adapter(), *view.parameters(), view.head())
     return {"surgery": [step for step in steps if step], "tasks": {task: view.task(task) for task in checkpoints}}
 
 
@@ -68,7 +68,7 @@ class _View:
             for site in self.anatomy.attentions
             if site.stack == stack_of(self.anatomy, piece.stack, where) and site.cross == piece.cross
         ]
-        options = {"length": max(p.keys[0].shape[1] for p, _ in found), "shift": found[0][0].shift}
+        options = {"length": max(len(p.keys[0]) for p, _ in found), "shift": found[0][0].shift}
         return {"prefix": {**options, "where": self.where(sites, Attention)}}
 
     def lora(self) -> dict[str, Any] | None:
@@ -96,6 +96,23 @@ class _View:
         inward = self.where([site for inside, site in found if inside], Projection)
         options = {"where": self.where([s for _, s in found], Projection)}
         return {"ia3": options | ({"inputs": inward} if inward else {})}
+
+    def adapter(self) -> dict[str, Any] | None:
+        found = [(p, join_at(self.anatomy, p.path, folder)) for p, folder in self.pieces(Bottleneck)]
+        if not found:
+            return None
+        forms = {form(piece) for piece, _ in found}
+        if len(forms) > 1:
+            raise SpecError(
+                "the adapters of these folders sit in different places or have different activations",
+                there_is=sorted(" ".join(own) for own in forms),
+                try_="one build for each kind",
+            )
+        ((placement, activation),) = forms
+        scale = Counter(p.scale for p, _ in found).most_common(1)[0][0]
+        options = {"bottleneck": max(len(p.weights[1]) for p, _ in found), "scale": scale, "norms": False}
+        joins = self.where([join for _, join in found], Join)
+        return {"adapter": options | {"placement": placement, "activation": activation, "where": joins}}
 
     def parameters(self) -> Iterator[dict[str, Any]]:
         """Norms and biases that belong to a task."""
