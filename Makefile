@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint sweep bench counts goldens docs clean
+.PHONY: help setup demo test lint sweep bench counts quality goldens docs clean
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,7 +38,10 @@ bench: setup ## latency, training, compile time and memory against the peers; wr
 	$(BIN)/python -m benchmarks
 
 counts: setup ## parameter counts on the papers' own configurations; writes docs/counts.md
-	$(BIN)/python -m benchmarks.counts
+	$(BIN)/surgeon count --markdown > docs/counts.md
+
+quality: setup ## accuracy of every technique and of its peer on real sentences; writes docs/quality.md
+	$(BIN)/python -m benchmarks.quality
 
 goldens: setup ## write the golden graph texts anew
 	$(BIN)/python -m pytest tests/test_goldens.py --update-goldens

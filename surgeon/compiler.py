@@ -138,13 +138,17 @@ def study(
     report("reading the base")
     opened = open_base(source, weights=weights, seed=seed)
     report("tracing")
-    inputs = text_inputs(opened.model)
-    graph_module = trace(opened.model, inputs)
+    graph_module = trace(opened.model)
     report("finding the anatomy")
-    program = Program(
+    return opened, begin(opened, graph_module)
+
+
+def begin(opened: Base, graph_module: fx.GraphModule) -> Program:
+    """The program of a traced base before surgery."""
+    return Program(
         graph_module=graph_module,
         anatomy=find(graph_module),
-        inputs=inputs,
+        inputs=text_inputs(opened.model),
         config=opened.model.config,
         head=opened.head,
         fingerprint=opened.fingerprint,
@@ -152,7 +156,6 @@ def study(
         tokenizer=opened.tokenizer_path,
         frozen=frozenset(n for n, _ in [*graph_module.named_parameters(), *graph_module.named_buffers()]),
     )
-    return opened, program
 
 
 def load(build: str | Path, base: PreTrainedModel | None = None, *, progress: Progress | None = None) -> Compiled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -36,12 +37,13 @@ def surgeon(
     """Options before any command; `--traceback` is read where errors are told."""
 
 
-for panel, commands in {
+PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Write": (writing.init, writing.list_, writing.schema),
-    "Look": (looking.inspect, looking.plan),
+    "Look": (looking.inspect, looking.plan, looking.count),
     "Build": (building.compile_, training.train, fusing.fusion, building.pack),
     "Run": (running.run, building.verify),
     "Exchange": (foreign.import_, foreign.export),
-}.items():
+}
+for panel, commands in PANELS.items():
     for command in commands:
         app.command(name=command.__name__.rstrip("_"), rich_help_panel=panel)(command)

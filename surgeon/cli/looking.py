@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgeon.cli.screen import Json, emit, note, say, size, steps, table
+from surgeon.errors import DataError
 
 if TYPE_CHECKING:
     from surgeon.plan import Plan
@@ -96,6 +97,40 @@ def plan(
         f"\n{found.parameters:,} trained parameters a task, {share:.2f} % of the base's {found.base_parameters:,}; "
         f"{size(found.bytes)} a task file"
     )
+
+
+def count(
+    techniques: Annotated[
+        list[str] | None, typer.Argument(metavar="[TECHNIQUE]...", help="Techniques to count; by default all.")
+    ] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="Compile every layer of deep models too; minutes.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page of the docs.")] = False,
+    json: Json = False,
+) -> None:
+    """Count the papers' own configurations, without weights, beside what the papers print.
+
+    The exit code is 1 where a number that should come out as printed does not. Example: `surgeon count lora`
+    """
+    from surgeon.counts import count_rows, page, to_dict, verdict
+
+    with steps(silent=json) as progress:
+        rows = list(count_rows(techniques or (), whole=whole, report=progress))
+    if json:
+        emit([to_dict(row) for row in rows])
+    elif markdown:
+        print(page(rows), end="")
+    else:
+        columns = ("paper", "configuration", "#printed", "#counted", "#of the base", "agrees")
+        shown = [(r.paper, r.configuration, r.printed, r.number, f"{r.share:.3%}", verdict(r)) for r in rows]
+        table(columns, shown)
+        said = "; * counted on one and two layers of each stack" if any(row.extended for row in rows) else ""
+        say(f"\n{sum(row.agrees for row in rows)} of {len(rows)} come out as printed{said}")
+    if missed := [row for row in rows if not row.reproduces]:
+        raise DataError(
+            f"{len(missed)} of {len(rows)} numbers come out other than known",
+            there_is="; ".join(f"{r.configuration}: {r.printed} printed, {r.counted:,} counted" for r in missed),
+            try_="this is a bug in Surgeon, or the row's reason no longer holds",
+        )
 
 
 def _by_role(found: Plan) -> Iterable[tuple[str, str, int, int, int]]:

@@ -12,7 +12,7 @@ from surgeon import __version__
 from surgeon.cli import explained
 
 COMMANDS = (
-    *("init", "list", "schema", "inspect", "plan", "compile", "train", "fusion", "pack", "run", "verify"),
+    *("init", "list", "schema", "inspect", "plan", "count", "compile", "train", "fusion", "pack", "run", "verify"),
     *("import", "export"),
 )
 

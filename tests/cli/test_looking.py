@@ -36,3 +36,31 @@ def test_a_plan_is_shown_by_role_and_by_tensor(surgeon, write_spec):
     rows = surgeon("plan", spec, "--rows").out
     assert "bert.encoder.layer.0.attention.self.value.lora_B" in rows
     assert "32×2*" in rows
+
+
+def test_the_papers_numbers_are_counted_and_shown(surgeon, monkeypatch):
+    rows = surgeon("count", "ia3", "--json").json
+    assert {tuple(row["techniques"]) for row in rows} == {("ia3",)}
+    wrong = [row for row in rows if not row["agrees"]]
+    assert all(row["reproduces"] for row in rows)
+    assert [row["printed"] for row in wrong] == ["4.2 MB"]
+    shown = surgeon("count", "ia3").out
+    assert "540,672*" in shown
+    assert f"{len(rows) - 1} of {len(rows)} come out as printed" in shown
+    assert surgeon("count", "ia3", "--markdown").out.startswith("# Parameter counts\n")
+
+
+def test_a_number_that_no_longer_comes_out_is_an_error(surgeon, monkeypatch):
+    from dataclasses import replace
+
+    from surgeon.counts import CASES, counting
+
+    case = next(case for case in CASES if case.techniques == ("ia3",) and not case.reason)
+    monkeypatch.setattr(counting, "CASES", (replace(case, printed="590K", reason=""), replace(case, reason="none")))
+    ran = surgeon("count")
+    assert ran.code == 1
+    assert "2 of 2 numbers come out other than known" in ran.err
+
+
+def test_a_technique_without_numbers_is_named(refused):
+    refused(2, ("no paper's number is known of 'ai3'", "ia3"), "count", "ai3")

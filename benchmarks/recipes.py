@@ -1,0 +1,172 @@
+"""What `make quality` trains: each technique with its learning rate, and the peer that does the same elsewhere.
+
+A technique of the registry that is not named here is trained with its defaults at LoRA's learning rate, without a peer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from surgeon import registry
+from surgeon.ledger import Schedule
+from surgeon.trace import Input, text_inputs
+
+Surgery = tuple[dict[str, dict[str, Any]], ...]
+MakePeer = Callable[[PreTrainedModel, int], nn.Module]
+QV = ["query", "value"]
+LAST_LINEAR = r".*layer\.\d+\.output\.dense"
+RATES = {
+    "head": 1e-2, "full": 1e-4, "lora": 1e-3, "dora": 1e-3, "adalora": 3e-3, "qlora": 1e-3, "vera": 1e-2, "ia3": 1e-2,
+    "bitfit": 3e-3, "norm_tuning": 3e-3, "adapter": 1e-3, "drop": 1e-3, "compacter": 3e-3, "prefix": 1e-2,
+    "prompt": 3e-2, "p_tuning": 3e-3, "p_tuning_v2": 1e-2,
+}  # fmt: skip
+"""Learning rates, for ours and the peer's alike. Prompts and vectors need larger ones than matrices."""
+LEFT_OUT = {"fusion": "it needs adapters of other tasks; see `make quality-fusion`"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a technique is trained. Without a `peer` the table says why not."""
+
+    name: str
+    surgery: Surgery
+    rate: float
+    peer: MakePeer | None = None
+    by: str = ""
+
+
+def recipes() -> dict[str, Recipe]:
+    """Those of every technique that is installed."""
+    known: dict[str, tuple[Surgery, MakePeer | None, str]] = {
+        "head": ((), _trained(lambda name: False), "plain torch"),
+        "full": (({"full": {}},), _trained(lambda name: True), "plain torch"),
+        "bitfit": (({"bitfit": {}},), _trained(_is_bias), "plain torch"),
+        "norm_tuning": (({"norm_tuning": {}},), _peft(peft.LNTuningConfig, target_modules=["LayerNorm"]), "PEFT"),
+        "lora": (({"lora": {"rank": 8}},), _peft(peft.LoraConfig, r=8, lora_alpha=16, target_modules=QV), "PEFT"),
+        "dora": (
+            ({"lora": {"rank": 8, "dora": True}},),
+            _peft(peft.LoraConfig, r=8, lora_alpha=16, target_modules=QV, use_dora=True),
+            "PEFT",
+        ),
+        "ia3": (
+            ({"ia3": {}},),
+            _peft(
+                peft.IA3Config,
+                target_modules=rf".*attention\.self\.(key|value)|{LAST_LINEAR}",
+                feedforward_modules=LAST_LINEAR,
+            ),
+            "PEFT",
+        ),
+        "prompt": (
+            ({"prompt": {"length": 20}},),
+            _peft(peft.PromptTuningConfig, num_virtual_tokens=20, prompt_tuning_init="SAMPLE_VOCAB"),
+            "PEFT",
+        ),
+        "vera": (
+            ({"vera": {"rank": 256}},),
+            _peft(peft.VeraConfig, r=256, target_modules=QV, vera_dropout=0.0),
+            "PEFT",
+        ),
+        "adalora": (({"adalora": {}},), _adalora, "PEFT"),
+        "drop": (({"adapter": {"placement": "pfeiffer"}}, {"drop": {}}), None, ""),
+    }
+    names = [*registry.names(), *(["dora"] if "dora" in registry.technique("lora").model_fields else [])]
+    found = {}
+    for name in names:
+        surgery, peer, by = known.get(name, (({name: {}},), None, ""))
+        if name not in LEFT_OUT:
+            found[name] = Recipe(name, surgery, RATES.get(name, RATES["lora"]), peer, by)
+    return found
+
+
+class Peer(nn.Module):
+    """Somebody else's model with what `surgeon.train` asks of a task: so both go through the same loop."""
+
+    head_name = "sequence-classification"
+
+    def __init__(self, model: nn.Module, base: PreTrainedModel, schedules: tuple[Schedule, ...] = ()) -> None:
+        super().__init__()
+        self.model = model
+        self.config = base.config
+        self.inputs: tuple[Input, ...] = text_inputs(base)
+        self.schedules = schedules
+
+    def forward(self, **batch: Tensor) -> Any:
+        return self.model(**batch)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What it trains."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        return [{"params": list(self.trained().values()), "lr": learning_rate}]
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
+        return {name: p.detach() for name, p in self.trained().items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> None:  # type: ignore[override]
+        with torch.no_grad():
+            for name, parameter in self.trained().items():
+                parameter.copy_(state_dict[name])
+
+
+def _trained(wanted: Callable[[str], bool]) -> MakePeer:
+    """The base itself with some of its parameters trained, and the classifier."""
+
+    def make(base: PreTrainedModel, steps: int) -> Peer:
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(name.startswith("classifier.") or wanted(name))
+        return Peer(base, base)
+
+    return make
+
+
+def _is_bias(name: str) -> bool:
+    return name.endswith("bias")
+
+
+def _peft(config: Callable[..., peft.PeftConfig], **options: Any) -> MakePeer:
+    def make(base: PreTrainedModel, steps: int) -> Peer:
+        return Peer(peft.get_peft_model(base, config(task_type=peft.TaskType.SEQ_CLS, **options)), base)
+
+    return make
+
+
+def _adalora(base: PreTrainedModel, steps: int) -> Peer:
+    """PEFT's, with the ranks and the schedule of ours."""
+    own = registry.technique("adalora").model_construct()
+    first, last = (int(share * steps) if share < 1 else int(share) for share in (own.warmup, own.final))
+    config = peft.AdaLoraConfig(
+        task_type=peft.TaskType.SEQ_CLS,
+        target_modules=r".*attention\.self\.(query|key|value)|.*layer.*\.(output|intermediate)\.dense",
+        init_r=own.rank,
+        target_r=own.target_rank,
+        lora_alpha=own.alpha,
+        tinit=first,
+        tfinal=last,
+        deltaT=own.interval,
+        orth_reg_weight=own.orthogonal,
+        total_step=steps,
+    )
+    model = peft.get_peft_model(base, config)
+    return Peer(model, base, (PeftBudget(model, steps - last),))
+
+
+class PeftBudget(Schedule):
+    """Drives PEFT's own allocation after every step, as its manual says."""
+
+    def __init__(self, model: Any, last: int) -> None:
+        self.model, self.last = model, last
+
+    def after(self, model: Any, step: int) -> None:
+        self.model.base_model.update_and_allocate(step)
+
+    def settled(self, step: int) -> bool:
+        return step >= self.last
