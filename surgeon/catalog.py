@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,7 +24,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Technique:
-    """A technique: where it comes from, whether a fresh task is exactly the base, and its options."""
+    """A technique: where it comes from, whether a fresh task is exactly the base, its options and its file's lines."""
 
     name: str
     title: str
@@ -31,6 +33,7 @@ class Technique:
     identity_at_birth: bool
     after: tuple[str, ...]
     options: tuple[Option, ...]
+    lines: int
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -53,6 +56,7 @@ def described(name: str) -> Technique:
         identity_at_birth=kind.identity_at_birth,
         after=kind.after,
         options=tuple(options(kind.model_json_schema())),
+        lines=len(inspect.getsource(sys.modules[kind.__module__]).splitlines()),
     )
 
 
@@ -76,13 +80,15 @@ def _choices(entry: Mapping[str, Any]) -> Iterator[str]:
 def markdown(known: Iterable[Technique]) -> str:
     """The techniques as a Markdown table."""
     lines = [
-        "| technique | what it does | paper | a fresh task is the base | options |",
-        "| --- | --- | --- | --- | --- |",
+        "| technique | what it does | paper | a fresh task is the base | options | lines of code |",
+        "| --- | --- | --- | --- | --- | ---: |",
     ]
     for one in known:
         words = ", ".join(f"`{option.name}`" for option in one.options)
         born = "yes" if one.identity_at_birth else "no"
-        lines.append(f"| `{one.name}` | {one.title}: {one.summary} | {_link(one.paper)} | {born} | {words} |")
+        lines.append(
+            f"| `{one.name}` | {one.title}: {one.summary} | {_link(one.paper)} | {born} | {words} | {one.lines} |"
+        )
     return "\n".join(lines)
 
 
