@@ -145,7 +145,9 @@ class Foundry:
         (folder / "adapter_config.json").write_text(json.dumps(config))
         return folder
 
-    def peft(self, base: Path, head: str, config: Any, out: Path, seed: int = 3, **changes: Any) -> Foreign:
+    def peft(
+        self, base: Path, head: str, config: Any, out: Path, seed: int = 3, *, moved: bool = True, **changes: Any
+    ) -> Foreign:
         """Give a base what `config` says, move it off its birth values, save it."""
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
@@ -154,7 +156,7 @@ class Foundry:
             noise = torch.Generator().manual_seed(seed)
             with torch.no_grad():
                 for parameter in wrapped.parameters():
-                    if parameter.requires_grad:
+                    if parameter.requires_grad and moved:
                         parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise))
             wrapped.save_pretrained(out)
         return Foreign(out, wrapped)
