@@ -14,8 +14,9 @@ from surgeon.compiler import Compiled, load, passes, study
 from surgeon.errors import DeltaError, SpecError, did_you_mean
 from surgeon.foreign import adapterhub, peft
 from surgeon.foreign.checking import check
+from surgeon.foreign.completing import complete
 from surgeon.foreign.pieces import Checkpoint
-from surgeon.foreign.placing import Placing, complete
+from surgeon.foreign.placing import Placing
 from surgeon.foreign.settling import settle
 from surgeon.foreign.union import union
 from surgeon.pipeline import run_passes
@@ -70,7 +71,7 @@ def import_tasks(
     report("reading the folders")
     checkpoints = {task: read(folder, allow_pickle=allow_pickle) for task, folder in folders.items()}
     compiled = load(build, progress=progress)
-    imported = [_fill(compiled, t, c, ignore_base_name=ignore_base_name) for t, c in checkpoints.items()]
+    imported = [fill(compiled, t, c, ignore_base_name=ignore_base_name) for t, c in checkpoints.items()]
     for task in checkpoints:
         report(f"packing {task}")
         compiled.pack(build, task)
@@ -117,10 +118,10 @@ def assemble(
         check(checkpoint, base, named, ignore_base_name=ignore_base_name)
     spec = Spec.model_validate(union(checkpoints, base, program.anatomy) | {"base": named})
     compiled = Compiled(spec, base, run_passes(program, list(passes(spec))))
-    return compiled, [_fill(compiled, t, c, ignore_base_name=ignore_base_name) for t, c in checkpoints.items()]
+    return compiled, [fill(compiled, t, c, ignore_base_name=ignore_base_name) for t, c in checkpoints.items()]
 
 
-def _fill(compiled: Compiled, task: str, checkpoint: Checkpoint, *, ignore_base_name: bool) -> Imported:
+def fill(compiled: Compiled, task: str, checkpoint: Checkpoint, *, ignore_base_name: bool) -> Imported:
     """Put a checkpoint into the task's model."""
     if task not in compiled.tasks:
         raise SpecError(f"there is no task '{task}'", there_is=compiled.tasks, try_=did_you_mean(task, compiled.tasks))

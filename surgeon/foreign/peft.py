@@ -94,10 +94,14 @@ def _lora(options: Options, left: Tensors, where: str) -> tuple[list[Piece], Tar
     ranks, alphas = options.get("rank_pattern", dict, {}), options.get("alpha_pattern", dict, {})
     stabilised = options.get("use_rslora", bool, False)
     _unchanged_base(options)
-    parts = _take(left, "lora_A.weight", "lora_B.weight")
+    names = ["lora_A.weight", "lora_B.weight"]
+    names += ["lora_B.bias"] if options.get("lora_bias", bool, False) else []
+    names += ["lora_magnitude_vector"] if options.get("use_dora", bool, False) else []
+    tables = _take(left, *TABLE)
+    parts = _take(left, *names) | tables
     pieces: list[Piece] = []
     for path, found in parts.items():
-        a, b = _pair(found, "lora_A.weight", "lora_B.weight", path, where)
+        a, b, *more = _parts(found, TABLE if path in tables else names, path, where)
         own = by_pattern(ranks, path, rank)
         if a.shape[0] != own or b.shape[1] != own:
             raise DeltaError(
@@ -106,7 +110,36 @@ def _lora(options: Options, left: Tensors, where: str) -> tuple[list[Piece], Tar
                 try_="its scale alpha / r cannot be known: after `hotswap`, PEFT saves the old configuration",
             )
         scale = by_pattern(alphas, path, alpha) / (math.sqrt(own) if stabilised else own)
-        pieces.append(Product(path=path, a=a.T, b=b.T, scale=scale))
+        own_parts = dict(zip((names[2:] if path not in tables else ()), more, strict=True))
+        pieces.append(
+            Product(
+                path=path,
+                a=a.T,
+                b=b.T,
+                scale=scale,
+                bias=own_parts.get("lora_B.bias"),
+                magnitude=own_parts.get("lora_magnitude_vector"),
+                table=path in tables,
+            )
+        )
+    return pieces, _targets(options, frozenset(parts), where)
+
+
+def _adalora(options: Options, left: Tensors, where: str) -> tuple[list[Piece], Targets]:
+    """The scale is of the initial rank: whatever was pruned since, and `r`, play no part in it."""
+    rank, alpha = options.need("init_r", int), options.need("lora_alpha", (int, float))
+    _unchanged_base(options)
+    options.ignore("r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
+    ranks = options.get("rank_pattern", dict, {})
+    names = ["lora_A", "lora_B", "lora_E"]
+    parts = _take(left, *names)
+    pieces: list[Piece] = []
+    for path, found in parts.items():
+        a, b, e = _parts(found, names, path, where)
+        kept = ranks.get(f"{path}.lora_E")
+        if e.shape != (len(a), 1) or (kept is not None and sum(kept) != len(a)):
+            raise DeltaError(f"{path} has {len(a)} ranks, {list(e.shape)} values and other ranks kept", where=where)
+        pieces.append(Product(path=path, a=a.T, b=b.T, scale=alpha / (rank + 1e-5), values=e.flatten()))
     return pieces, _targets(options, frozenset(parts), where)
 
 
@@ -147,11 +180,13 @@ def _prompt(options: Options, left: Tensors, where: str) -> tuple[list[Piece], N
 
 READERS: Mapping[str, Callable[[Options, Tensors, str], tuple[list[Piece], Any]]] = {
     "LORA": _lora,
+    "ADALORA": _adalora,
     "IA3": _ia3,
     "PREFIX_TUNING": _prefix,
     "PROMPT_TUNING": _prompt,
     "P_TUNING": _prompt,
 }
+TABLE = ["lora_embedding_A", "lora_embedding_B"]
 PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 
 
@@ -168,14 +203,15 @@ def _take(left: Tensors, *endings: str) -> dict[str, Tensors]:
     return taken
 
 
-def _pair(found: Tensors, first: str, second: str, path: str, where: str) -> tuple[Tensor, Tensor]:
-    lost = [name for name in (first, second) if name not in found]
+def _parts(found: Tensors, names: list[str], path: str, where: str) -> list[Tensor]:
+    """The tensors of a module, the first two of them the factors of a product."""
+    lost = [name for name in names if name not in found]
     if lost:
         raise DeltaError(f"{path}.{lost[0]} is missing", where=where, there_is=[f"{path}.{n}" for n in found])
-    a, b = found[first], found[second]
+    a, b = found[names[0]], found[names[1]]
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
         raise DeltaError(f"{path}: {list(b.shape)} · {list(a.shape)} is no product of matrices", where=where)
-    return a, b
+    return [found[name] for name in names]
 
 
 def _unchanged_base(options: Options) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from surgeon.anatomy import Projection
 from surgeon.compiler import Compiled
 from surgeon.errors import DeltaError
+from surgeon.foreign.meaning import own_scale, scales_input, steps
 from surgeon.foreign.peft import CLASSIFIERS, HEADS, holds
-from surgeon.foreign.placing import own_scale, scales_input, steps
 from surgeon.foreign.sites import module_names
 from surgeon.ledger import Delta
 

@@ -12,12 +12,20 @@ from surgeon.spec import HeadName
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """A low-rank product beside the module at `path`: y + scale · (x·a)·b, a [in, r], b [r, out]."""
+    """A low-rank product beside the module at `path`: y + scale · (x·a)·b, a [in, r], b [r, out].
+
+    AdaLoRA has `values` [r] between the factors; DoRA a `magnitude` [out]; a `bias` [out] is added to x·a·b. With
+    `table` the module looks rows up: y + scale · a[ids]·b, a [rows, r].
+    """
 
     path: str
     a: Tensor
     b: Tensor
     scale: float
+    values: Tensor | None = None
+    magnitude: Tensor | None = None
+    bias: Tensor | None = None
+    table: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

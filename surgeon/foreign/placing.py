@@ -6,36 +6,19 @@ A file's module path is our site's path, so the match is by structure: no model'
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgeon.anatomy import Projection, Site
-from surgeon.compiler import Compiled, passes
+from surgeon.compiler import Compiled
 from surgeon.errors import DeltaError
+from surgeon.foreign.meaning import own_scale, scales_input, steps
 from surgeon.foreign.pieces import Bottleneck, Piece, Prefix, Product, Prompt, Same, Scaling, Whole
 from surgeon.foreign.sites import check_entry, form, join_at, module_names, projections, stack_of
-from surgeon.ledger import Delta, Ledger
-
-
-def steps(compiled: Compiled, technique: str) -> list[Any]:
-    """The spec's passes of one technique: their options say what a delta means."""
-    return [step for step in passes(compiled.spec) if step.name == technique]
-
-
-def scales_input(compiled: Compiled, site: Projection) -> bool:
-    """Whether the build's IA3 scales what `site` takes, not what it gives."""
-    program = compiled.program
-    return any(s.inward(program, site) for s in steps(compiled, "ia3") if site in s.sites(program))
-
-
-def own_scale(ledger: Ledger, name: str, rank: int) -> float:
-    """By what the build multiplies the trained tensor `name` of this rank where it deploys it."""
-    for fold in ledger.folds:
-        if fold.inputs == fold.outputs == (name,):
-            return float(fold.fn(torch.ones(max(rank, 1), 1, dtype=torch.float64))[0][0, 0])
-    return 1.0
+from surgeon.ledger import Delta
 
 
 class Placing:
@@ -114,6 +97,9 @@ class Placing:
 
     def _product(self, piece: Product) -> None:
         """A product of a fused projection is one for each of its roles, with the same factor `a`: exact."""
+        if piece.table:
+            self._table(piece)
+            return
         sites = self._projections(piece.path)
         width = sum(site.out_features for site in sites)
         if piece.b.shape[1] != width or piece.a.shape[0] != sites[0].in_features:
@@ -124,19 +110,52 @@ class Placing:
                 try_="was it trained on another base?",
             )
         for site in sites:
-            a, b = piece.a, piece.b
-            if site.features is not None:
-                b = b[:, list(site.features)]
-                used = b.any(1)  # of products side by side, the role's own
-                a, b = a[:, used], b[used]
-            a_delta, b_delta = self.delta(site, "lora_A"), self.delta(site, "lora_B")
-            if a_delta is None or b_delta is None:
-                if b.any():
-                    raise self.lacking(site.role, piece.path, "lora")
-                continue
-            ratio = piece.scale / own_scale(self.ledger, b_delta.name, len(b))
-            self.put(a_delta, a)
-            self.put(b_delta, b if ratio == 1 else (b.double() * ratio).to(b.dtype))
+            own = piece if site.features is None else sliced(piece, list(site.features))
+            a, b = self.delta(site, "lora_A"), self.delta(site, "lora_B")
+            if a is not None and b is not None:
+                self._factors(own, site, a, b)
+            elif own.b.any() or own.bias is not None or own.magnitude is not None:
+                raise self.lacking(site.role, piece.path, "lora")
+
+    def _factors(self, piece: Product, site: Projection, a: Delta, b: Delta) -> None:
+        """Fill what the build has at one site: its values between the factors, its magnitude, its bias."""
+        ratio = piece.scale / own_scale(self.ledger, b.name, len(piece.b))
+        stem = a.name.removesuffix("lora_A")
+        values = torch.ones(len(piece.b)) if piece.values is None else piece.values
+        self.put(a, piece.a)
+        if f"{stem}lora_E" in self.ledger.trained:
+            self.put(b, piece.b)
+            self.tensors[f"{stem}lora_E"] = times(values, ratio)
+        else:
+            self.put(b, times(piece.b if piece.values is None else piece.b * values[:, None], ratio))
+        if f"{stem}lora_magnitude" in self.ledger.trained:
+            self.tensors[f"{stem}lora_magnitude"] = self._magnitude(piece, site)
+        elif piece.magnitude is not None:
+            raise self.lacking(f"the magnitude of {site.role}", piece.path, "lora: {dora: true}")
+        bias = self.delta(site, "lora_bias")
+        if piece.bias is not None and bias is None:
+            raise self.lacking(f"the bias of {site.role}", piece.path, "lora: {bias: true}")
+        if piece.bias is not None and bias is not None:
+            self.put(bias, times(piece.bias, ratio))
+
+    def _magnitude(self, piece: Product, site: Projection) -> Tensor:
+        """DoRA's m; of a plain product the norm of the weight that it makes, with which m / n is one."""
+        if piece.magnitude is not None:
+            return piece.magnitude
+        weight = self.program.tensor(site.weight).detach()
+        weight = weight if site.in_first else weight.T
+        weight = weight if site.features is None else weight[:, list(site.features)]
+        b = piece.b if piece.values is None else piece.b * piece.values[:, None]
+        norm: Tensor = torch.linalg.vector_norm(weight + piece.scale * (piece.a @ b), dim=0)
+        return norm
+
+    def _table(self, piece: Product) -> None:
+        found = [d for d in self._deltas("lora_embedding_A") if d.site == piece.path]
+        if not found:
+            raise self.lacking("the table", piece.path, "lora")
+        b = self.ledger.deltas[found[0].name.removesuffix("A") + "B"]
+        self.put(found[0], piece.a)
+        self.put(b, times(piece.b, piece.scale / own_scale(self.ledger, b.name, len(piece.b))))
 
     def _scaling(self, piece: Scaling) -> None:
         for site in self._projections(piece.path):
@@ -242,47 +261,20 @@ def _parameter(model: Any, name: str) -> Any:
     return dict(model.named_parameters(remove_duplicate=False)).get(name)
 
 
-def complete(compiled: Compiled, task: str, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The trained tensors of `task`: those given, and for the rest what leaves the base as it is.
-
-    Raises DeltaError where a tensor that is not given has no such value, or belongs to no task of this kind.
-    """
-    ledger, wanted = compiled.program.ledger, compiled.model(task).state_dict()
-    folded = [n for n in tensors if ledger.deltas[n].init is None]
-    if folded:
-        raise DeltaError(
-            f"{folded[0]} is trained in another form in this build, and the file holds the final one",
-            where=where,
-            try_="compile a spec without the reparametrisation (`hidden`) for weights that are only run",
-        )
-    foreign = sorted(set(tensors) - set(wanted))
-    if foreign:
-        raise DeltaError(
-            f"the folder brings a head and the task '{task}' keeps the base's own",
-            where=where,
-            there_is=foreign,
-            try_=f"`tasks: {{{task}: {{labels: …}}}}` in the spec",
-        )
-    full = {name: tensors[name] if name in tensors else _empty(ledger, name) for name in wanted}
-    kept = {name: d.default for name, d in ledger.deltas.items() if name not in wanted and d.init is not None}
-    deployed = ledger.deploy({**kept, **full})
-    own = compiled.spec.tasks[task].labels
-    for name, delta in ledger.deltas.items():
-        if name in tensors or deployed[name].equal(delta.default):
-            continue
-        raise DeltaError(f"{name} is trained in another form, which has no empty state", where=where)
-    if own is not None and not any(delta.optional and n in tensors for n, delta in ledger.deltas.items()):
-        raise DeltaError(
-            f"the folder brings no head, and the task '{task}' has labels",
-            where=where,
-            try_="PEFT saves the head where `task_type` is SEQ_CLS or it stands in `modules_to_save`; else it is lost",
-        )
-    return full
+def times(tensor: Tensor, ratio: float) -> Tensor:
+    """`tensor * ratio`, and the very tensor where the ratio is one."""
+    return tensor if ratio == 1 else (tensor.double() * ratio).to(tensor.dtype)
 
 
-def _empty(ledger: Ledger, name: str) -> Tensor:
-    """What a trained tensor is where the technique is not used."""
-    if name in ledger.deltas:
-        return ledger.deltas[name].default
-    entry = ledger.trained[name]
-    return torch.zeros([0 if axis in entry.free else size for axis, size in enumerate(entry.shape)], dtype=entry.dtype)
+def sliced(piece: Product, features: list[int]) -> Product:
+    """The product of one role of a fused projection; of products side by side only the role's own ranks."""
+    b = piece.b[:, features]
+    used = b.any(1)
+    return replace(
+        piece,
+        a=piece.a[:, used],
+        b=b[used],
+        values=None if piece.values is None else piece.values[used],
+        magnitude=None if piece.magnitude is None else piece.magnitude[features],
+        bias=None if piece.bias is None else piece.bias[features],
+    )

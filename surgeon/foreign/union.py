@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
-from surgeon.anatomy import Anatomy, Attention, Join, Norm, Projection, Selector, Site, select
+from surgeon.anatomy import Anatomy, Attention, Embedding, Join, Norm, Projection, Selector, Site, select
 from surgeon.base import Base
 from surgeon.errors import DeltaError, SpecError
 from surgeon.foreign.pieces import Bottleneck, Checkpoint, Piece, Prefix, Product, Prompt, Scaling, Whole
@@ -25,7 +25,7 @@ HEAD = ("head.out", "head.dense")
 def union(checkpoints: Mapping[str, Checkpoint], base: Base, anatomy: Anatomy) -> dict[str, Any]:
     """`surgery` and `tasks` of a spec for these checkpoints. Raises SpecError where no graph holds them all."""
     view = _View(checkpoints, base, anatomy)
-    steps = (view.prompt(), view.prefix(), view.lora(), view.ia3(), view.adapter(), *view.parameters(), view.head())
+    steps = (view.prompt(), view.prefix(), *view.lora(), view.ia3(), view.adapter(), *view.parameters(), view.head())
     return {"surgery": [step for step in steps if step], "tasks": {task: view.task(task) for task in checkpoints}}
 
 
@@ -71,20 +71,52 @@ class _View:
         options = {"length": max(len(p.keys[0]) for p, _ in found), "shift": found[0][0].shift}
         return {"prefix": {**options, "where": self.where(sites, Attention)}}
 
-    def lora(self) -> dict[str, Any] | None:
-        found = [(p, site) for p, folder in self.pieces(Product) for site in self.sites(p.path, folder)]
+    def lora(self) -> Iterator[dict[str, Any]]:
+        """One item for plain products, one for those with a bias, one for those with a magnitude (DoRA)."""
+        products = list(self.pieces(Product))
+        if not products:
+            return
+        targets = [(p, target) for p, folder in products for target in self._targets(p, folder)]
+        kinds = {
+            "dora": {t for p, t in targets if p.magnitude is not None},
+            "bias": {t for p, t in targets if p.bias is not None},
+        }
+        if both := kinds["dora"] & kinds["bias"]:
+            raise SpecError(f"lora at {both.pop().label} has a bias in one folder and a magnitude in another")
+        rank = max(p.a.shape[1] for p, _ in products) or 1
+        options = {
+            "rank": rank,
+            **self._scale([p for p, _ in products if p.values is None] or [p for p, _ in products]),
+        }
+        plain = {t for _, t in targets} - kinds["dora"] - kinds["bias"]
+        for kind, chosen in (("", plain), *kinds.items()):
+            if chosen:
+                yield {"lora": options | self._lora_at(chosen, rank) | ({kind: True} if kind else {})}
+
+    def _targets(self, piece: Product, folder: str) -> list[Projection | Embedding]:
+        if not piece.table:
+            return [*self.sites(piece.path, folder)]
+        found = [e for e in self.anatomy.embeddings if e.path == piece.path]
         if not found:
-            return None
-        rank = max(p.a.shape[1] for p, _ in found) or 1
-        # The scale that most have: their tensors stay as they are, byte for byte. The others' are multiplied.
-        alphas = Counter((p.scale * p.a.shape[1], False) for p, _ in found)
-        alphas += Counter((p.scale * math.sqrt(p.a.shape[1]), True) for p, _ in found)
+            raise DeltaError(f"the base has no table {piece.path}", where=folder)
+        return [*found]
+
+    def _scale(self, products: list[Product]) -> dict[str, Any]:
+        """The scale that most have: their tensors stay as they are, byte for byte. The others' are multiplied."""
+        alphas = Counter((p.scale * p.a.shape[1], False) for p in products)
+        alphas += Counter((p.scale * math.sqrt(p.a.shape[1]), True) for p in products)
         (alpha, stabilised), _ = max(alphas.items(), key=lambda item: (item[1], not item[0][1]))
-        options = {"rank": rank, "alpha": float(f"{alpha:.12g}") or 1.0, "rslora": stabilised}
-        sites = [site for _, site in found]
-        narrow = [s for s in sites if min(s.in_features, s.out_features) < rank]
-        ranks = {f"name:{s.path}": min(s.in_features, s.out_features) for s in narrow}
-        return {"lora": {**options, "where": self.where(sites, Projection), **({"ranks": ranks} if ranks else {})}}
+        return {"alpha": float(f"{alpha:.12g}") or 1.0, "rslora": stabilised}
+
+    def _lora_at(self, targets: Collection[Projection | Embedding], rank: int) -> dict[str, Any]:
+        """`where`, and `ranks` for matrices that are narrower than the rank."""
+        linear = [t for t in targets if isinstance(t, Projection)]
+        tables = [t for t in targets if isinstance(t, Embedding)]
+        limits = {t.path: min(t.in_features, t.out_features) for t in linear}
+        limits |= {t.path: min(t.rows, t.width) for t in tables}
+        texts = self.where(linear, Projection) + self.where(tables, Embedding)
+        narrow = {f"name:{path}": limit for path, limit in limits.items() if limit < rank}
+        return {"where": texts, **({"ranks": narrow} if narrow else {})}
 
     def ia3(self) -> dict[str, Any] | None:
         found = [(p.inward, site) for p, folder in self.pieces(Scaling) for site in self.sites(p.path, folder)]

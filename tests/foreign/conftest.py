@@ -23,7 +23,7 @@ from surgeon.anatomy import find
 from surgeon.base.heads import auto_class
 from surgeon.cli import main
 from surgeon.compiler import Compiled, passes, study
-from surgeon.foreign.importing import assemble, read
+from surgeon.foreign.importing import assemble, fill, read
 from surgeon.pipeline import run_passes
 from surgeon.program import Program
 from surgeon.spec import BaseSpec, read_spec
@@ -98,6 +98,11 @@ class Foundry:
         checkpoints = {task: read(folder) for task, folder in folders.items()}
         named, studied = self.study(base, head)
         return assemble(checkpoints, named, studied, ignore_base_name=False)[0]
+
+    @staticmethod
+    def fill(compiled: Compiled, task: str, folder: Path) -> None:
+        """What `import_tasks` does with a task, before it is packed."""
+        fill(compiled, task, read(folder), ignore_base_name=False)
 
     def operate(self, base: Path, head: str, spec: Mapping[str, Any]) -> Compiled:
         """`surgeon.compile` over a base that is traced once only."""

@@ -7,11 +7,12 @@ import warnings
 import pytest
 
 import surgeon
+from surgeon.errors import DeltaError
 from surgeon.foreign import import_build, import_tasks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+    from peft import AdaLoraConfig, IA3Config, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
 CLASSIFIER, CAUSAL, SEQ2SEQ = "sequence-classification", "causal-lm", "seq2seq-lm"
 LORA = {"r": 4, "lora_alpha": 6}
@@ -47,6 +48,14 @@ CASES = {
     ),
     "lora_orthogonal": (
         "bert", CLASSIFIER, LoraConfig, {**LORA, "target_modules": ["query"], "init_lora_weights": "orthogonal"},
+    ),
+    "dora_bert": ("bert", CLASSIFIER, LoraConfig, {**LORA, "target_modules": ["query", "dense"], "use_dora": True}),
+    "dora_gpt2_fused": ("gpt2", CAUSAL, LoraConfig, {**LORA, "target_modules": ["c_attn", "c_fc"], "use_dora": True}),
+    "lora_table": ("llama", CAUSAL, LoraConfig, {**LORA, "target_modules": ["embed_tokens", "q_proj"]}),
+    "lora_with_bias": ("gpt2", CAUSAL, LoraConfig, {**LORA, "target_modules": ["c_attn"], "lora_bias": True}),
+    "adalora_bert": (
+        "bert", CLASSIFIER, AdaLoraConfig,
+        {"init_r": 6, "target_r": 2, "lora_alpha": 9, "target_modules": ["query", "dense"], "total_step": 10},
     ),
     "ia3_bert": ("bert", CLASSIFIER, IA3Config, {}),
     "ia3_gpt2": ("gpt2", CAUSAL, IA3Config, {}),
@@ -129,3 +138,22 @@ def test_a_folder_is_read_into_a_task_of_a_build(made, compare, tmp_path):
     assert (done.task, done.method, done.parameters) == ("mine", "LORA", 4 * 4 * (32 + 32) + 33 * 3)
     assert compare.gap(compare.served(tmp_path / "build", "mine", fed), compare.answers(foreign.model, fed)) <= 1e-5
     assert (compare.served(tmp_path / "build", "other", fed) == before).all()
+
+
+def test_variants_share_a_graph(made, compare, foundry):
+    """Plain, pruned and weight-decomposed products at the same sites; and each in a build of another kind."""
+    base, head, plain = made("lora_bert", "plain")
+    folders = {"plain": plain, "dora": made("dora_bert", "dora", 4)[2], "ada": made("adalora_bert", "ada", 5)[2]}
+    fed = compare.feed(plain.model)
+    compiled = foundry.compile(base, head, **{name: foreign.path for name, foreign in folders.items()})
+    ada = {"adalora": {"rank": 8, "where": ["attention", "ffn", "head.dense"]}}
+    for name, foreign in folders.items():
+        wanted = compare.answers(foreign.model, fed)
+        assert compare.gap(compare.answers(compiled.model(name).eval(), fed), wanted) <= 5e-6
+    other = foundry.operate(base, head, {"surgery": [ada], "tasks": {name: {"labels": 2} for name in folders}})
+    for name in ("plain", "ada"):
+        foundry.fill(other, name, folders[name].path)
+        found, wanted = (compare.answers(m.eval(), fed) for m in (other.model(name), folders[name].model))
+        assert compare.gap(found, wanted) <= 5e-6
+    with pytest.raises(DeltaError, match="dora: true"):
+        foundry.fill(other, "dora", folders["dora"].path)
