@@ -7,10 +7,10 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint sweep bench counts quality goldens docs clean
+.PHONY: help setup demo test lint sweep bench counts quality quality-fusion goldens docs clean
 
 help: ## what there is
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -42,6 +42,9 @@ counts: setup ## parameter counts on the papers' own configurations; writes docs
 
 quality: setup ## accuracy of every technique and of its peer on real sentences; writes docs/quality.md
 	$(BIN)/python -m benchmarks.quality
+
+quality-fusion: setup ## AdapterFusion against adapters alone, head only and full; resumable; writes docs/quality-fusion.md
+	$(BIN)/python -m benchmarks.quality_fusion
 
 goldens: setup ## write the golden graph texts anew
 	$(BIN)/python -m pytest tests/test_goldens.py --update-goldens

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import compiling, latency, tasks, training
+from benchmarks import adapter_drop, compiling, latency, tasks, training
 from benchmarks.measure import THREADS, Section
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
-ROOMS = {"latency": latency, "training": training, "tasks": tasks, "compiling": compiling}
+ROOMS = {"latency": latency, "training": training, "tasks": tasks, "adapter_drop": adapter_drop, "compiling": compiling}
 TOOLS = ("torch", "transformers", "onnxruntime", "peft", "onnx", "onnxscript")
 
 
