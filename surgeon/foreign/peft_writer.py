@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,7 +42,13 @@ class _Writer:
     def write(self) -> tuple[dict[str, Any], Tensors]:
         used = {d.technique for d in self.ledger.deltas.values() if not self._is_default(d)}
         methods = sorted(used - set(MODULES))
-        writers = {"lora": self._lora, "ia3": self._ia3, "prefix": self._prefix, "prompt": self._prompt}
+        writers = {
+            "lora": self._lora,
+            "adalora": self._adalora,
+            "ia3": self._ia3,
+            "prefix": self._prefix,
+            "prompt": self._prompt,
+        }
         if len(methods) != 1 or methods[0] not in writers:
             raise DeltaError(
                 f"PEFT cannot hold the task '{self.task}': it uses {' and '.join(methods) or 'no technique'}",
@@ -82,10 +89,23 @@ class _Writer:
     def _lora(self) -> tuple[dict[str, Any], Tensors]:
         tensors: Tensors = {}
         sizes: dict[str, tuple[int, float]] = {}
+        more = {"lora_magnitude": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
+        with_more: dict[str, set[str]] = {part: set() for part in more}
         for path, found in self._by_path("lora_B").items():
             a, b, scale = self._product(found)
             tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = a.T, b.T
-            sizes[path] = (len(b), _tidy(scale * len(b)))
+            sizes[path] = (len(b), tidy(scale * len(b)))
+            for part, ending in more.items():
+                if (vector := self._vector(found, part)) is not None:
+                    tensors[f"{path}.{ending}"] = vector
+                    with_more[part].add(path)
+        linear = set(sizes)
+        for path, (a, b, scale) in self._tables():
+            tensors[f"{path}.lora_embedding_A"], tensors[f"{path}.lora_embedding_B"] = a.T, b.T
+            sizes[path] = (len(b), tidy(scale * len(b)))
+        for part, paths in with_more.items():
+            if paths and paths != (set(sizes) if part == "lora_magnitude" else linear):
+                raise DeltaError(f"PEFT has {more[part]} at all modules or at none", there_is=sorted(paths))
         rank = Counter(r for r, _ in sizes.values()).most_common(1)[0][0]
         alpha = Counter(x for _, x in sizes.values()).most_common(1)[0][0]
         return {
@@ -97,6 +117,51 @@ class _Writer:
             "alpha_pattern": {path: x for path, (_, x) in sizes.items() if x != alpha},
             "fan_in_fan_out": any(type(self.model.get_submodule(path)).__name__ == "Conv1D" for path in sizes),
             "bias": "none",
+            "use_dora": bool(with_more["lora_magnitude"]),
+            "lora_bias": bool(with_more["lora_bias"]),
+        }, tensors
+
+    def _vector(self, found: list[tuple[Projection, Delta]], part: str) -> Tensor | None:
+        """DoRA's magnitude or the bias of a module; of a fused one with what the base has for the other roles."""
+        named = [(site, self.trained.get(f"{d.name.removesuffix('lora_B')}{part}")) for site, d in found]
+        own = [(site, vector) for site, vector in named if vector is not None]
+        if len(own) < len(named) or own[0][0].features is None:
+            return own[0][1] if len(own) == len(named) else None
+        weight = self.model.get_parameter(own[0][0].weight).detach()
+        norms = torch.linalg.vector_norm(weight if own[0][0].in_first else weight.T, dim=0)
+        whole = norms if part == "lora_magnitude" else torch.zeros_like(norms)
+        for site, vector in own:
+            whole[list(site.features or ())] = vector
+        return whole
+
+    def _tables(self) -> Iterator[tuple[str, tuple[Tensor, Tensor, float]]]:
+        for delta in self.ledger.deltas.values():
+            if delta.part == "lora_embedding_B" and not self._is_default(delta):
+                a, b = self.trained[delta.name[:-1] + "A"], self.trained[delta.name]
+                yield delta.site, (a, b, own_scale(self.ledger, delta.name, len(b)))
+
+    def _adalora(self) -> tuple[dict[str, Any], Tensors]:
+        """As trained, with the ranks that were pruned: PEFT then has nothing to cut."""
+        tensors: Tensors = {}
+        scales: dict[str, tuple[int, float]] = {}
+        for path, found in self._by_path("lora_B").items():
+            ((site, delta),) = found[:1]
+            if site.features is not None:
+                raise DeltaError(f"PEFT's AdaLoRA has one product for all of {path}, and this task one for each role")
+            stem, b = delta.name.removesuffix("B"), self.trained[delta.name]
+            tensors |= {f"{path}.lora_{x}": self.trained[f"{stem}{x}"].T for x in "AB"}
+            tensors[f"{path}.lora_E"] = self.trained[f"{stem}E"].unsqueeze(1)
+            scales[path] = len(b), own_scale(self.ledger, delta.name, len(b))
+        if len(set(scales.values())) > 1:
+            raise DeltaError("PEFT's AdaLoRA has one initial rank and one scale", there_is=sorted(scales))
+        ((rank, scale),) = set(scales.values())
+        return {
+            "peft_type": "ADALORA",
+            "init_r": rank,
+            "target_r": rank,
+            "lora_alpha": tidy(scale * (rank + 1e-5)),
+            "total_step": 1,
+            "target_modules": sorted(scales),
         }, tensors
 
     def _product(self, found: list[tuple[Projection, Delta]]) -> tuple[Tensor, Tensor, float]:
@@ -211,7 +276,7 @@ class _Writer:
         return own
 
 
-def _tidy(number: float) -> float | int:
+def tidy(number: float) -> float | int:
     """A whole number where rounding alone keeps it from being one."""
     return round(number) if abs(number - round(number)) < 1e-9 else number
 

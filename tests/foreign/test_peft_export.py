@@ -27,6 +27,11 @@ CASES = {
     "lora_ranks": ("bert", CLASSIFIER, [{"lora": {"rank": 4, "rslora": True, "ranks": {"attention.query@1": 2}}}], 2),
     "lora_norms": ("llama", CAUSAL, [LORA, {"norm_tuning": {}}], None),
     "lora_kept_head": ("bert", CLASSIFIER, [LORA], None),
+    "dora_bert": ("bert", CLASSIFIER, [{"lora": {"rank": 4, "dora": True}}], 2),
+    "dora_gpt2_fused": ("gpt2", CAUSAL, [{"lora": {"rank": 3, "dora": True}}], None),
+    "lora_with_bias": ("llama", CAUSAL, [{"lora": {"rank": 3, "bias": True}}], None),
+    "lora_table": ("llama", CAUSAL, [{"lora": {"rank": 3, "where": ["embedding.token", "ffn"]}}], None),
+    "adalora": ("bert", CLASSIFIER, [{"adalora": {"rank": 4, "target_rank": 2}}], 2),
     "ia3_bert": ("bert", CLASSIFIER, [{"ia3": {}}], 3),
     "ia3_gpt2": ("gpt2", CAUSAL, [{"ia3": {"where": ["attention.key", "attention.value", "ffn.down"]}}], None),
     "prefix_llama": ("llama", CAUSAL, [{"prefix": {"length": 5, "std": 1.0}}], None),
@@ -48,10 +53,11 @@ def test_peft_loads_the_very_bytes_and_answers_alike(case, foundry, compare, tmp
     fed = compare.feed(theirs)
     found, wanted = compare.answers(theirs, fed), compare.answers(model, fed)
     assert compare.gap(compare.answers(compiled.base.model, fed), wanted) > 1e-3 if labels is None else True
-    assert compare.gap(found, wanted) <= 2e-6
+    assert compare.gap(found, wanted) <= 5e-6
     stored, held = load_file(folder / "adapter_model.safetensors"), theirs.state_dict()
     for key, tensor in stored.items():
         name = key.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default.")
+        name = name.replace("lora_magnitude_vector", "lora_magnitude_vector.default.weight")
         places = [name, name.replace(".ia3_l", ".ia3_l.default"), f"{name}.default"]
         saved = [
             k for k in held if ".modules_to_save.default." in k and k.replace(".modules_to_save.default", "") == key
