@@ -84,14 +84,17 @@ def _has_torch() -> bool:
 def difference(compiled: Compiled, session: Session, task: str | None) -> float:
     """The largest difference of PyTorch and ONNX Runtime, relative to the largest output where that is above one."""
     import torch
+    from torch.func import functional_call
 
     embeddings = compiled.base.model.get_input_embeddings()
     assert isinstance(embeddings, torch.nn.Embedding)
     inputs = inputs_for(session.manifest, embeddings.num_embeddings)
     model = compiled.base.model if task is None else compiled.model(task)
     training = model.training
+    held = {name: compiled.program.tensor(name) for name in compiled.program.stored} if task is None else {}
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
     with torch.no_grad():
-        expected = model.eval()(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+        expected = functional_call(model.eval(), held, (), tensors)
     model.train(training)
     found = session.run(inputs, task)
     gaps = []

@@ -22,6 +22,7 @@ from surgeon.exporters.cache import export_cached
 from surgeon.exporters.versions import tool_version, tool_versions
 from surgeon.graph_text import graph_text
 from surgeon.model import TaskModel
+from surgeon.plan import base_bytes
 from surgeon.program import Program
 from surgeon.runtime.manifest import FORMAT, MANIFEST, TOKENIZER, hash_file, read_manifest, seal
 from surgeon.runtime.taskfile import write_adapter
@@ -78,7 +79,7 @@ def write_build(contents: Contents, out: Path, report: Callable[[str], None]) ->
     spec, base = contents.spec, contents.base
     with _partial(out) as folder:
         report("converting to ONNX")
-        facts = export_cached(contents.program, base.fingerprint, spec.export.opset, folder)
+        facts = export_cached(contents.program, contents.program.fingerprint, spec.export.opset, folder)
         report("writing the build")
         (folder / "spec.yaml").write_text(spec.to_yaml(), encoding="utf-8")
         (folder / "graph.txt").write_text(graph_text(contents.program), encoding="utf-8")
@@ -95,7 +96,7 @@ def write_build(contents: Contents, out: Path, report: Callable[[str], None]) ->
         }
         for task, model in contents.models.items():
             report(f"packing {task}")
-            document["tasks"][task] = _write_task(folder, task, model, base.fingerprint)
+            document["tasks"][task] = _write_task(folder, task, model, contents.program.fingerprint)
         _write_manifest(folder, document)
     return out
 
@@ -166,9 +167,12 @@ def _document(contents: Contents, facts: Mapping[str, Any]) -> dict[str, Any]:
             "source": base.source,
             "architecture": type(base.model).__name__,
             "head": base.head,
-            "fingerprint": base.fingerprint,
+            "fingerprint": program.fingerprint,
             "parameters": sum(p.numel() for p in base.model.parameters()),
             "max_length": base.max_length,
+            "bytes": base_bytes(program),
+            "stored": {entry.name: entry.form for entry in program.stored.values()},
+            "drift": program.drift,
         },
         "modes": list(contents.spec.export.modes),
         "inputs": [{"name": i.name, "dtype": "int64", "axes": list(i.axes), "fill": i.fill} for i in program.inputs],

@@ -93,7 +93,7 @@ class Compiled:
 
     def pack(self, build: str | Path, task: str) -> None:
         """Put the present weights of `task` into an existing build; the others stay as they are."""
-        pack_task(Path(build), task, self.model(task), self.base.fingerprint)
+        pack_task(Path(build), task, self.model(task), self.program.fingerprint)
 
 
 def compile(
@@ -127,6 +127,8 @@ def _operate(
     opened, program = study(source, weights=weights, seed=spec.seed, progress=report)
     report("operating")
     run_passes(program, steps, lambda i: spec.locate(("surgery", i)))
+    if base is None:  # one in hand belongs to the caller
+        opened.release(program.stored)
     return Compiled(spec, opened, program)
 
 
@@ -170,12 +172,14 @@ def load(build: str | Path, base: PreTrainedModel | None = None, *, progress: Pr
         base = load_base(BaseSpec(model=str(build / BASE), head=cast(HeadName, manifest.base.head)), seed=spec.seed)
     steps = [step.reopened() for step in passes(spec)]
     compiled = _operate(spec, base, steps, weights=True, report=progress or _silent)
-    if compiled.base.fingerprint != manifest.base.fingerprint:
+    if compiled.program.fingerprint != manifest.base.fingerprint:
+        stored = sorted({entry.form for entry in compiled.program.stored.values()})
         raise DeltaError(
             "the base is not the one this build was made from",
             where=str(build),
-            there_is=f"the build's: {manifest.base.fingerprint[:16]}; this one's: {compiled.base.fingerprint[:16]}",
-            try_="the same checkpoint and revision, or compile the spec again for this base",
+            there_is=f"the build's: {manifest.base.fingerprint[:16]}; this one's: {compiled.program.fingerprint[:16]}",
+            try_="the same checkpoint and revision, or compile the spec again for this base"
+            + (f"; another version of what wrote its {', '.join(stored)} makes another base too" if stored else ""),
         )
     for name, task in manifest.tasks.items():
         path = build / task.weights

@@ -12,7 +12,14 @@ from torch import Tensor, fx
 
 from surgeon.program import Program
 
-TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64", torch.bool: "bool"}
+TYPES = {
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+    torch.bool: "bool",
+}
 
 
 def graph_text(program: Program, *, only_new: bool = False) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from surgeon.errors import InvariantError, SurgeonError
 from surgeon.passes import Pass
 from surgeon.program import Program
-from surgeon.verify import reference, verify
+from surgeon.verify import reference, renewed, verify
 
 Locate = Callable[[int], str | None]
 
@@ -21,7 +21,7 @@ def run_passes(program: Program, passes: Sequence[Pass], locate: Locate = lambda
     before = reference(program)
     identity = True
     for index, step in enumerate(passes):
-        line = locate(index)
+        line, stored = locate(index), len(program.stored)
         try:
             with program.author(step.name, line or f"surgery[{index}]"):
                 step.requires(program)
@@ -29,6 +29,8 @@ def run_passes(program: Program, passes: Sequence[Pass], locate: Locate = lambda
                 step.ensures(program)
                 program.graph_module.recompile()
             identity = identity and step.identity_at_birth
+            if len(program.stored) > stored:
+                before = renewed(program, before)
             verify(program, before, identity=identity)
         except InvariantError as error:
             raise InvariantError(

@@ -26,10 +26,12 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """All rows, and the totals of one task."""
+    """All rows, and the totals of one task; the base's bytes as it is held, and as the checkpoint has it."""
 
     rows: tuple[PlanRow, ...]
     base_parameters: int
+    base_bytes: int
+    checkpoint_bytes: int
 
     @property
     def parameters(self) -> int:
@@ -54,6 +56,8 @@ class Plan:
             "parameters": self.parameters,
             "bytes": self.bytes,
             "base_parameters": self.base_parameters,
+            "base_bytes": self.base_bytes,
+            "checkpoint_bytes": self.checkpoint_bytes,
             "by_technique": self.by_technique(),
             "rows": [asdict(r) for r in self.rows],
         }
@@ -81,8 +85,20 @@ def plan(program: Program) -> Plan:
         PlanRow(t.technique, "", "", t.name, t.name, t.shape, {}, 0 if t.frozen or t.name in idle else prod(t.shape), 0)
         for t in program.ledger.trained.values()
     ]
-    return Plan(tuple(rows), sum(program.tensor(n).numel() for n in program.frozen if _is_parameter(program, n)))
+    parameters = {name for name, _ in program.graph_module.named_parameters()} & program.frozen
+    stored = program.stored.values()
+    count = sum(program.tensor(name).numel() for name in parameters) + sum(prod(entry.shape) for entry in stored)
+    held, parts = base_bytes(program), {part for entry in stored for part in entry.parts}
+    before = held - sum(_bytes(program, part) for part in parts)
+    before += sum(prod(entry.shape) * entry.dtype.itemsize for entry in stored)
+    return Plan(tuple(rows), count, held, before)
 
 
-def _is_parameter(program: Program, name: str) -> bool:
-    return name in dict(program.graph_module.named_parameters())
+def base_bytes(program: Program) -> int:
+    """Bytes of the base's tensors, as they are held."""
+    return sum(_bytes(program, name) for name in program.frozen)
+
+
+def _bytes(program: Program, name: str) -> int:
+    tensor = program.tensor(name)
+    return tensor.numel() * tensor.itemsize

@@ -24,6 +24,7 @@ from surgeon.ledger import value as base_value
 from surgeon.module import Either, switchable
 from surgeon.probes import PROBE, Probe
 from surgeon.tokens import tokenize
+from surgeon.stored import Stored
 from surgeon.trace import Input
 
 
@@ -32,7 +33,9 @@ class Program:
     """A model under surgery.
 
     `graph_module` holds base parameters under checkpoint names and one example parameter per delta;
-    `frozen` names the base's tensors; `fingerprint` is empty where the base has no weights.
+    `frozen` names the base's tensors; `fingerprint` is empty where the base has no weights. `stored` are those held in
+    another form than the checkpoint's, and `drift` is how far that moved the answer. `operators` say how an exporter
+    writes an operator that torch does not have: by torch code of its own, or (None) computed when exporting.
     """
 
     graph_module: fx.GraphModule
@@ -49,6 +52,10 @@ class Program:
     ledger: Ledger = field(default_factory=Ledger)
     applied: list[str] = field(default_factory=list)
     constants: dict[str, Tensor] = field(default_factory=dict)
+    stored: dict[str, Stored] = field(default_factory=dict)
+    borrowed: dict[str, str] = field(default_factory=dict)
+    drift: float | None = None
+    operators: dict[Any, Callable[..., Tensor] | None] = field(default_factory=dict)
     _current: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _edges: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
     _author: tuple[str, str] = ("", "")
@@ -84,16 +91,18 @@ class Program:
         return self.current(self._edges.get((reader, operand), operand))
 
     def tensor(self, name: str) -> Tensor:
-        """A parameter or buffer by its dotted name."""
+        """A parameter or buffer by its dotted name; the numbers it stands for where it is held in another form."""
+        if name in self.stored:
+            return self.stored[name].rebuild(*map(self.tensor, self.stored[name].parts))
         owner, _, leaf = name.rpartition(".")
         found = getattr(self.graph_module.get_submodule(owner), leaf)
         assert isinstance(found, Tensor)
         return found
 
     @contextmanager
-    def author(self, technique: str, step: str) -> Iterator[None]:
-        """Stamp what is made inside with the pass that made it."""
-        saved, self._author = self._author, (technique, step)
+    def author(self, technique: str, step: str | None = None) -> Iterator[None]:
+        """Stamp what is made inside with the pass that made it; a pass inside another is of the same step."""
+        saved, self._author = self._author, (technique, self._author[1] if step is None else step)
         try:
             yield
         finally:
@@ -213,16 +222,17 @@ class Program:
         """Let every task do without what can be dropped in its first `layers` layers."""
         self.ledger.left_out = layers
 
-    def constant(self, name: str, make: Callable[[], Tensor]) -> fx.Node:
+    def constant(self, name: str, make: Callable[[], Tensor], *, dtype: torch.dtype | None = None) -> fx.Node:
         """A tensor that all tasks share and none trains, such as VeRA's random matrices; made once for its name.
 
-        It becomes an initializer of the base's graph, so every compile must make the same bytes.
+        It becomes an initializer of the base's graph, so every compile must make the same bytes. Without `dtype` it
+        has the base's floating type.
         """
         made: list[fx.Node] = [node for node in self.graph.nodes if node.op == "get_attr" and node.target == name]
         if made:
             return made[0]
         parameter = next(self.graph_module.parameters())
-        tensor = make().to(parameter.device, parameter.dtype)
+        tensor = make().to(parameter.device, dtype or self.dtype)
         self._owner(name).register_buffer(name.rpartition(".")[2], tensor)
         self.constants[name] = tensor
         last = max(n for n in self.graph.nodes if n.op == "placeholder")
@@ -271,6 +281,83 @@ class Program:
         with torch.no_grad():
             found = functional_call(module, defaults, (), {name: t.to(device) for name, t in given.items()})
         return list(found)
+
+    # -- base tensors in another form -----------------------------------------------------------------------------
+
+    def store(
+        self,
+        name: str,
+        form: str,
+        parts: Mapping[str, Tensor],
+        rebuild: Callable[..., Tensor],
+        *,
+        wanted: Tensor | None,
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> tuple[fx.Node, ...]:
+        """Hold the base's tensor `name` as `parts` from now on, under its own name; returns the nodes to read them by.
+
+        `rebuild(*parts, *shared)` gives the numbers that it stands for: `wanted`, bit for bit. `shared` parts keep
+        their own names and are the same for several tensors. The caller lets every reader `recompute`. The base is
+        another one afterwards, and so is its fingerprint; fresh tasks are compared with it, not with the checkpoint.
+        """
+        if name in self.borrowed:
+            raise CompositionError(
+                f"'{self._author[0]}' would hold {name} in {form}, and '{self.borrowed[name]}' reads it in training",
+                try_="leave it out of one of the two",
+            )
+        base = self.tensor(name)
+        owner, leaf = self.graph_module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        delattr(owner, leaf)
+        named = {f"{name}.{part}": tensor for part, tensor in parts.items()} | dict(shared or {})
+        nodes = tuple(self.constant(n, lambda t=t: t, dtype=t.dtype) for n, t in named.items())  # type: ignore[misc]
+        entry = Stored(
+            name=name,
+            form=form,
+            technique=self._author[0],
+            shape=tuple(base.shape),
+            dtype=base.dtype,
+            parts=tuple(named),
+            rebuild=rebuild,
+        )
+        held = [self.tensor(part) for part in named]
+        entry.check(held, wanted)
+        self.fingerprint = entry.renew(self.fingerprint, held)
+        self.stored[name] = entry
+        self.frozen = self.frozen - {name} | set(named)
+        return nodes
+
+    def borrow(self, name: str) -> Tensor:
+        """A parameter of the base that a fold reads in training. Raises CompositionError where it is held otherwise."""
+        if name in self.stored:
+            raise CompositionError(
+                f"'{self._author[0]}' reads {name} in training, and '{self.stored[name].technique}' holds it in "
+                f"{self.stored[name].form}",
+                try_="leave it out of one of the two",
+            )
+        self.borrowed[name] = self._author[0]
+        return self.tensor(name)
+
+    def reads(self, name: str) -> list[fx.Node]:
+        """The nodes by which the graph reads a tensor."""
+        return [node for node in self.graph.nodes if node.op == "get_attr" and node.target == name]
+
+    def recompute(self, node: fx.Node, fn: Callable[..., Any], operands: Sequence[fx.Node]) -> None:
+        """Let `node` be `fn(*operands)` from now on, operands as they are now; its identity and its readers stay."""
+        before, former = set(self.graph.nodes), node.all_input_nodes
+        result = self.insert(fn, operands)
+        for made in set(self.graph.nodes) - before:
+            edges = [(operand, now) for (reader, operand), now in self._edges.items() if reader is node]
+            self._edges.update({(made, operand): now for operand, now in edges if now in made.all_input_nodes})
+        node.target, node.args, node.kwargs = result.target, result.args, result.kwargs
+        node.meta["surgeon"] = self._author
+        self.graph.erase_node(result)
+        for operand in former:
+            if operand.op == "get_attr" and not operand.users:
+                self.graph.erase_node(operand)
+
+    def operator(self, operator: Any, exported: Callable[..., Tensor] | None) -> None:
+        """Say how exporters write an operator that torch does not have; see `operators`."""
+        self.operators[operator] = exported
 
     @property
     def dtype(self) -> torch.dtype:
@@ -374,6 +461,12 @@ class Program:
 
         Sites that share the parameter share the delta. Raises CompositionError where another pass has taken it.
         """
+        if name in self.stored:
+            raise CompositionError(
+                f"'{self._author[0]}' would train {name}, which '{self.stored[name].technique}' holds in "
+                f"{self.stored[name].form}",
+                try_="leave it out of one of the two",
+            )
         if name in self._taken:
             delta, author = self._taken[name]
             if author != self._author:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.func import functional_call
 
 from surgeon.errors import InvariantError
@@ -19,21 +20,52 @@ from surgeon.trace import sample_inputs
 
 @dataclass(frozen=True)
 class Reference:
-    """What the base was before surgery: its tensors with their versions, and its answer on a small sample."""
+    """What the base was before surgery: its tensors with their versions, and its answer on a small sample.
+
+    `graph` is the base's own; `checkpoint` its answer with the checkpoint's tensors, `answer` with those it has now.
+    """
 
     tensors: Mapping[str, tuple[int, int, int]]
     inputs: Mapping[str, Tensor]
+    graph: fx.Graph
+    checkpoint: Tensor | None
     answer: Tensor | None
 
 
 def reference(program: Program) -> Reference:
     """Take the reference. On a base without weights (meta device) there is no answer to compare."""
-    tensors = dict(program.graph_module.named_parameters()) | dict(program.graph_module.named_buffers())
     parameter = next(program.graph_module.parameters())
     vocabulary = max((e.rows for e in program.anatomy.embeddings if e.role == "embedding.token"), default=100)
     inputs = sample_inputs(program.inputs, vocabulary, parameter.device)
     answer = None if parameter.is_meta else run(program, {}, inputs)
-    return Reference({n: _mark(t) for n, t in tensors.items()}, inputs, answer)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(program.graph, {}))
+    graph._codegen = program.graph._codegen
+    return Reference(_marks(program), inputs, graph, answer, answer)
+
+
+def renewed(program: Program, before: Reference) -> Reference:
+    """The reference after a pass that holds base tensors in another form, by the base's own graph.
+
+    The base is then what it answers with the tensors that the forms stand for; `program.drift` says how far that is
+    from the checkpoint's answer, relative to its largest value where that is above one.
+    """
+    if before.checkpoint is None:
+        return replace(before, tensors=_marks(program))
+    names = {node.target for node in before.graph.nodes if node.op == "get_attr"}
+    module = fx.GraphModule({str(n): program.tensor(str(n)) for n in names}, before.graph)
+    with torch.no_grad():
+        answer = first_output(switchable(module).eval()(**before.inputs))
+    drift = float((answer - before.checkpoint).abs().max()) / max(1.0, float(before.checkpoint.abs().max()))
+    if not math.isfinite(drift):
+        raise InvariantError("I2: the base gives no finite answer in its new form")
+    program.drift = drift
+    return replace(before, tensors=_marks(program), answer=answer)
+
+
+def _marks(program: Program) -> dict[str, tuple[int, int, int]]:
+    tensors = [*program.graph_module.named_parameters(), *program.graph_module.named_buffers()]
+    return {name: _mark(tensor) for name, tensor in tensors}
 
 
 def _mark(tensor: Tensor) -> tuple[int, int, int]:
@@ -58,7 +90,8 @@ def first_output(output: Any) -> Tensor:
 def verify(program: Program, before: Reference, *, identity: bool) -> None:
     """Raise InvariantError where an invariant does not hold.
 
-    I1 the graph lints and every value has a shape; I2 base tensors are the checkpoint's; I3 what is trained is the
+    I1 the graph lints and every value has a shape; I2 base tensors are the checkpoint's, or what their form's maker
+    reads from it; I3 what is trained is the
     ledger's; I4 with default deltas (and, where `identity`, with fresh ones) the program is the base; I5 two
     tasks share no tensor with each other or the base; I6 the same seed starts with the same bytes; I7 no place has the
     same part twice by two steps of one technique.

@@ -40,6 +40,7 @@ TECHNIQUES = {
     "p_tuning": {"p_tuning": {"template": "[P]*3 {text} [P]*2"}},
     "p_tuning_v2": {"p_tuning_v2": {"length": 5, "where": "attention@0"}},
     "head": {"head": {"labels": 5}},
+    "qlora": {"qlora": {"rank": 4, "quantise": "attention.query", "where": "attention.query@0"}},
 }
 BIASLESS = {"pre_norm", "enc_dec"}
 CASES = [

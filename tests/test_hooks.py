@@ -88,6 +88,7 @@ def compiled(base_folder: Path) -> Compiled:
         inputs=text_inputs(model),
         config=model.config,
         head=made.base.head,
+        fingerprint=made.base.fingerprint,
         frozen=frozenset(n for n, _ in [*graph_module.named_parameters(), *graph_module.named_buffers()]),
     )
     return Compiled(made.spec, made.base, run_passes(program, [Everything(), *made.spec.steps]))

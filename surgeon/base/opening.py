@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -41,6 +42,14 @@ class Base:
     """Positions there are for text; None where nothing limits them."""
     tokenizer_path: Path | None = None
     """A `tokenizer.json`; None where the base has no tokenizer."""
+
+    def release(self, names: Iterable[str]) -> None:
+        """Free the memory of these parameters, which a program holds in another form; their shapes stay."""
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            empty = torch.empty_like(module.get_parameter(leaf), device="meta")
+            module.register_parameter(leaf, torch.nn.Parameter(empty, requires_grad=False))
 
 
 def load_base(base: BaseSpec, *, weights: bool = True, seed: int = 0) -> PreTrainedModel:

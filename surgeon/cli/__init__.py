@@ -16,7 +16,7 @@ from surgeon.errors import SpecError, SurgeonError
 
 EXTRAS = dict.fromkeys(
     ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "yaml", "networkx"), "compile"
-) | {"accelerate": "train"}
+) | {"accelerate": "train", "bitsandbytes": "qlora"}
 """The extra that installs a package a command may need."""
 
 INTERRUPTED = 130

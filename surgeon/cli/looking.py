@@ -97,6 +97,8 @@ def plan(
         f"\n{found.parameters:,} trained parameters a task, {share:.2f} % of the base's {found.base_parameters:,}; "
         f"{size(found.bytes)} a task file"
     )
+    if found.base_bytes < found.checkpoint_bytes:
+        say(f"the base is held in {size(found.base_bytes)} instead of {size(found.checkpoint_bytes)}")
 
 
 def count(

@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class OnnxExporter:
 def convert(program: Program, opset: int) -> ir.Model:
     """The program as an ONNX model in memory."""
     deltas = program.ledger.deltas
-    module = Lifted(switchable(program.graph_module).eval())
+    module = Lifted(translated(switchable(program.graph_module).eval(), program.operators))
     vocabulary = max((e.rows for e in program.anatomy.embeddings if e.role == "embedding.token"), default=100)
     inputs = sample_inputs(program.inputs, vocabulary, torch.device("cpu"))
     samples = {d.name: d.sample() for d in deltas.values()}
@@ -102,6 +102,41 @@ def convert(program: Program, opset: int) -> ir.Model:
     model.metadata_props.clear()
     check_overridable(model, program)
     return model
+
+
+def translated(
+    graph_module: fx.GraphModule, operators: Mapping[Any, Callable[..., Tensor] | None]
+) -> fx.GraphModule:
+    """Operators that torch does not have, in the way of the exporter; those of constants computed here.
+
+    What is computed takes the place and the name of its first constant, which nobody else reads then.
+    """
+    done: dict[str, Tensor] = {}
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_function" or node.target not in operators:
+            continue
+        exported = operators[node.target]
+        if exported is not None:
+            node.target = exported
+            continue
+        names = [operand.target for operand in node.args]
+        if names[0] not in done:
+            done[names[0]] = node.target(*(_attribute(graph_module, name) for name in names))
+        with graph_module.graph.inserting_before(node):
+            node.replace_all_uses_with(graph_module.graph.get_attr(names[0]))
+        graph_module.graph.erase_node(node)
+    for name, tensor in done.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(graph_module.get_submodule(owner), leaf, tensor)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module
+
+
+def _attribute(graph_module: fx.GraphModule, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(graph_module.get_submodule(owner), leaf)
+    return tensor
 
 
 def set_defaults(model: ir.Model, deltas: Mapping[str, Delta]) -> None:

@@ -22,7 +22,7 @@ from surgeon.program import Program
 
 def magnitude(program: Program, site: Projection, a: Delta, b: Delta, scale: Callable[[Tensor], float]) -> Delta:
     """Train m and fold it, and `scale(B)`, into B; returns the gain `lora_gain` [out], zero by default."""
-    w = program.tensor(site.weight)  # the parameter itself, so that it moves with the model
+    w = program.borrow(site.weight)  # the parameter itself, so that it moves with the model
 
     def norm(product: Tensor | float) -> Tensor:
         v = w.detach() if site.in_first else w.detach().T
