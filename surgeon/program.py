@@ -23,8 +23,8 @@ from surgeon.ledger import Delta, Fold, Init, Ledger, Penalty, Schedule, Trained
 from surgeon.ledger import value as base_value
 from surgeon.module import Either, switchable
 from surgeon.probes import PROBE, Probe
-from surgeon.tokens import tokenize
 from surgeon.stored import Stored
+from surgeon.tokens import tokenize
 from surgeon.trace import Input
 
 

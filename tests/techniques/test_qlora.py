@@ -442,7 +442,7 @@ def test_the_same_weight_twice_or_trained_as_well_is_told(lab):
 def test_a_norm_of_the_weight_is_not_taken_beside_four_bits(first, lab):
     dora = {"lora": {"dora": True, "where": "ffn.up"}}
     surgery = [dora, {"qlora": {"where": "attention"}}]
-    with pytest.raises(CompositionError, match="reads .* in training"):
+    with pytest.raises(CompositionError, match="in training"):
         lab.operate(lab.base("bert"), *(surgery if first == "lora" else surgery[::-1]))
 
 
