@@ -31,6 +31,7 @@ TECHNIQUES = {
     "lora_dora": {"lora": {"rank": 4, "dora": True, "where": ["attention.query@0", "attention.output@0"]}},
     "lora_table": {"lora": {"rank": 4, "bias": True, "where": ["attention.query@0", "embedding.token"]}},
     "adalora": {"adalora": {"rank": 4, "target_rank": 2, "where": ["attention.query@0", "attention.output@0"]}},
+    "vera": {"vera": {"rank": 4, "where": ["attention.query@0", "ffn.up@0"]}},
     "adapter": {"adapter": {"bottleneck": 6, "norms": False, "where": ["residual.attention@0", "residual.ffn@0"]}},
     "adapter_pfeiffer": {"adapter": {"bottleneck": 6, "placement": "pfeiffer", "where": "residual.ffn@0"}},
     "adapter_parallel": {"adapter": {"bottleneck": 6, "placement": "parallel", "where": "residual.ffn@0"}},

@@ -37,6 +37,10 @@ CAUSAL = ("gptj", "falcon", "phi3", "mistral")
 BIASLESS = ("llama", "qwen3", "gemma2", "t5", "phi3", "mistral", "modernbert")
 TECHNIQUES = {
     "lora": {"lora": {"rank": 3, "where": ["attention", "ffn"]}},
+    "dora": {"lora": {"rank": 3, "dora": True, "where": ["attention", "ffn"]}},
+    "lora_table": {"lora": {"rank": 3, "where": "embedding.token"}},
+    "adalora": {"adalora": {"rank": 3, "target_rank": 2}},
+    "vera": {"vera": {"rank": 8, "where": ["attention", "ffn"]}},
     "houlsby": {"adapter": {"bottleneck": 5}},
     "pfeiffer": {"adapter": {"bottleneck": 5, "placement": "pfeiffer", "activation": "relu"}},
     "parallel": {"adapter": {"bottleneck": 5, "placement": "parallel"}},

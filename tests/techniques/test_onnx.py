@@ -33,16 +33,17 @@ COMPOSED = {
 }
 DORA = {"lora": {"rank": 3, "dora": True, "where": ["attention.query", "attention.value", "ffn.down"]}}
 TABLE = {"lora": {"rank": 2, "bias": True, "where": ["embedding.token", "attention.output"]}}
+VERA = {"vera": {"rank": 24, "where": ["attention.query", "ffn.up"]}}
 ADALORA = {"adalora": {"rank": 4, "target_rank": 2}}
 VARIANTS = {  # of LoRA: composed again, for the kinds that differ
     "bert-dora": ("bert", [DORA, TABLE, {"bitfit": {}}, {"head": {}}]),
     "llama-dora": ("llama", [DORA, TABLE]),
     "gpt2-dora": ("gpt2", [DORA, TABLE, {"bitfit": {}}]),
     "t5-dora": ("t5", [DORA, TABLE]),
-    "bert-adalora": ("bert", [ADALORA, {"lora": {"rank": 3}}, {"bitfit": {}}, {"head": {}}]),
-    "llama-adalora": ("llama", [ADALORA, {"lora": {"rank": 3}}]),
-    "gpt2-adalora": ("gpt2", [ADALORA, {"bitfit": {}}]),
-    "t5-adalora": ("t5", [ADALORA, {"lora": {"rank": 3}}]),
+    "bert-adalora": ("bert", [ADALORA, VERA, {"lora": {"rank": 3}}, {"bitfit": {}}, {"head": {}}]),
+    "llama-adalora": ("llama", [ADALORA, VERA, {"lora": {"rank": 3}}]),
+    "gpt2-adalora": ("gpt2", [ADALORA, VERA, {"bitfit": {}}]),
+    "t5-adalora": ("t5", [ADALORA, VERA, {"lora": {"rank": 3}}]),
 }
 SIZES = [(3, 11, 4), (1, 5, 0), (2, 20, 3), (4, 2, 0)]  # batch, length, padding; traced was 2 by 7
 
