@@ -193,6 +193,7 @@ def _document(contents: Contents, facts: Mapping[str, Any]) -> dict[str, Any]:
             }
             for d in program.ledger.deltas.values()
         ],
+        "positions": dict(program.ledger.positions),
         "tools": tool_versions(),
         **facts,
     }

@@ -150,6 +150,12 @@ class TaskModel(nn.Module):
         device = next(self.parameters()).device
         self._dropped = {n: self.ledger.deltas[n].default.to(device) for n in names}
 
+    def occupied(self, axis: str = "sequence") -> int:
+        """How many positions of the base the task's own tokens, as a prompt's, take from an input's axis."""
+        deltas = self.ledger.deltas
+        sizes = {s: t.shape[a] for name, t in self.deployed().items() for a, s in deltas[name].free.items()}
+        return sum(sizes.get(symbol, 0) for symbol, of in self.ledger.positions.items() if of == axis)
+
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """What is trained, as groups for an optimiser: one for each factor of the learning rate (LoRA+)."""
         groups: dict[float, list[Tensor]] = {}

@@ -441,6 +441,15 @@ class Program:
             self._edges[reader, operand] = result
         return result
 
+    def propagate(self) -> None:
+        """Give every value its shape anew, where the inputs were made larger and a body to come relies on sizes."""
+        modes = (n.meta["val"].fake_mode for n in self.graph.nodes if isinstance(n.meta.get("val"), FakeTensor))
+        with next(modes), torch.no_grad():
+            for node in self.graph.nodes:
+                if node.op == "call_function":
+                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+                    node.meta["val"] = node.target(*args, **kwargs)
+
     def answer(self, output: fx.Node, fn: Callable[..., Any], deltas: Sequence[Delta]) -> None:
         """Let the graph return `fn(output, *deltas)` in evaluation and when deployed, in training `output` as it is.
 

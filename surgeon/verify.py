@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch.func import functional_call
 
-from surgeon.errors import InvariantError
+from surgeon.dataflow import ancestors
+from surgeon.errors import CompositionError, InvariantError
 from surgeon.ledger import initial
 from surgeon.module import switchable
 from surgeon.program import Program
@@ -128,6 +129,13 @@ def _i3_ledger(program: Program) -> None:
         raise InvariantError(f"I3: tensors and ledger differ: {sorted(own ^ set(program.ledger.deltas))}")
     if unread := set(program.ledger.deltas) - read:
         raise InvariantError(f"I3: deltas that nothing reads: {sorted(unread)}")
+    live = {n.target for n in ancestors(program.output) if n.op == "get_attr"}
+    if dead := [d for name, d in program.ledger.deltas.items() if name not in live]:
+        raise CompositionError(
+            f"what '{dead[0].technique}' does at {dead[0].site} has no effect any more",
+            there_is=f"no output depends on {dead[0].name}",
+            try_="leave that site out of its `where`: a technique after it replaces what is there",
+        )
 
 
 def _i4_identity(program: Program, before: Reference, *, fresh: bool) -> None:

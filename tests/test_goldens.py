@@ -38,10 +38,11 @@ TECHNIQUES = {
     "fusion": {"fusion": {"of": 3, "bottleneck": 6, "where": "residual.ffn@0"}},
     "bitfit": {"bitfit": {"where": ["attention.query@0", "ffn.up@0"]}},
     "prefix": {"prefix": {"length": 5, "where": "attention@0"}},
-    "p_tuning": {"p_tuning": {"template": "[P]*3 {text} [P]*2"}},
     "p_tuning_v2": {"p_tuning_v2": {"length": 5, "where": "attention@0"}},
     "head": {"head": {"labels": 5}},
     "qlora": {"qlora": {"rank": 4, "quantise": "attention.query", "where": "attention.query@0"}},
+    # Last: it tells the trace that all share that ids and mask are of one size, which renames symbols of later texts.
+    "p_tuning": {"p_tuning": {"template": "[P]*3 {text} [P]*2"}},
 }
 BIASLESS = {"pre_norm", "enc_dec"}
 CASES = [

@@ -7,7 +7,8 @@ Ben Zaken et al., "BitFit", ACL 2022 (arXiv:2106.10199), section 3.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import ClassVar, NoReturn
 
 import torch
 from pydantic import Field
@@ -24,8 +25,9 @@ from surgeon.program import Program
 class BitFit(Pass):
     """Make biases deltas: of projections, norms and the pooler, wherever the base has them.
 
-    The paper's small variant is `where: [attention.query, ffn.up]`. The classifier is the head's business.
-    Raises SelectorError where nothing selected has a bias: adding biases to a base without them is another method.
+    The paper's small variant is `where: [attention.query, ffn.up]`; its code adds the pooler, `head.dense`, to any
+    choice. `head.out` is the base's own classifier; that of a task with labels is the head's business.
+    Raises SelectorError where a selector finds no bias: adding biases to a base without them is another method.
     """
 
     name: ClassVar[str] = "bitfit"
@@ -38,15 +40,7 @@ class BitFit(Pass):
     )
 
     def call(self, program: Program) -> PassResult:
-        sites = self._sites(program)
-        biased = [s for s in sites if s.bias is not None]
-        if not biased:
-            with_bias = sorted({s.role for s in _candidates(program) if s.bias is not None})
-            raise SelectorError(
-                "bitfit: no selected site has a bias",
-                there_is=f"roles with biases: {', '.join(with_bias) or 'none, this base has no biases at all'}",
-                try_="another `where`, or lora or adapter: they need no biases in the base",
-            )
+        biased = self._sites(program)
         for site in biased:
             assert site.bias is not None
             if isinstance(site, Projection) and site.features is not None and not self._whole(site, biased):
@@ -55,11 +49,25 @@ class BitFit(Pass):
                 program.take_over(site, "bias", site.bias)
         return PassResult(program, modified=True)
 
-    def _sites(self, program: Program) -> tuple[Projection | Norm, ...]:
+    def _sites(self, program: Program) -> list[Projection | Norm]:
+        """The selected sites that have a bias, of which every selector must name one."""
         if self.where is None:
-            return tuple(s for s in _candidates(program) if s.role != "head.out")
-        chosen = select(program.anatomy, self.where, Site)
-        return tuple(s for s in chosen if isinstance(s, Projection | Norm))
+            biased = [s for s in _biased(program.anatomy.sites()) if s.role != "head.out"]
+            if not biased:
+                self._refuse(program, "no selected site has a bias")
+            return biased
+        for selector in self.where:
+            if not _biased(select(program.anatomy, (selector,), Site)):
+                self._refuse(program, f"'{selector}' selects no site that has a bias")
+        return _biased(select(program.anatomy, self.where, Site))
+
+    def _refuse(self, program: Program, what: str) -> NoReturn:
+        with_bias = sorted({s.role for s in _biased(program.anatomy.sites())})
+        raise SelectorError(
+            f"bitfit: {what}",
+            there_is=f"roles with biases: {', '.join(with_bias) or 'none, this base has no biases at all'}",
+            try_="another `where`, or lora or adapter: they need no biases in the base",
+        )
 
     def _whole(self, site: Projection, chosen: list[Projection | Norm]) -> bool:
         """All roles of this fused projection are chosen, so its bias is trained as one."""
@@ -94,5 +102,5 @@ def _take(t: Tensor, order: list[int]) -> Tensor:
     return torch.cat(pieces, -1)
 
 
-def _candidates(program: Program) -> tuple[Projection | Norm, ...]:
-    return (*program.anatomy.projections, *program.anatomy.norms)
+def _biased(sites: Iterable[Site]) -> list[Projection | Norm]:
+    return [s for s in sites if isinstance(s, Projection | Norm) and s.bias is not None]

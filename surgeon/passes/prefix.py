@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import groupby
-from typing import ClassVar
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from surgeon.anatomy import Attention, Where, select
 from surgeon.errors import CompositionError
-from surgeon.ledger import Delta, Init, kaiming_uniform, normal, zeros
+from surgeon.ledger import Delta, Init, kaiming_uniform, normal, value, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.columns import open_columns
 from surgeon.passes.positions import shift_positions
@@ -41,11 +42,25 @@ class Prefix(Pass):
         None, description="Hidden width of the MLP reparametrisation (512 in the paper); unset there is none."
     )
     std: PositiveFloat = Field(0.02, description="Standard deviation of the fresh prefix.")
+    start: Literal["random", "words"] = Field(
+        "random", description="Fresh prefix: a normal distribution, or the base's own keys and values of some words."
+    )
+    words: str = Field(
+        "", description="With `start: words`, what the base reads for them; repeated or cut to the length."
+    )
     shift: bool = Field(True, description="Move the text's positions up by the prefix length.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the prefix, in training only.")
     where: Where | None = Field(
         None, description="Attentions with a prefix; unset it is all: encoder, decoder and cross-attention."
     )
+
+    @model_validator(mode="after")
+    def _words_where_read(self) -> Self:
+        if (self.start == "words") != bool(self.words.strip()):
+            raise PydanticCustomError("words", "needs `start: words` and `words` together, or neither")
+        if self.start == "words" and self.hidden is not None:
+            raise PydanticCustomError("words", "cannot start at words with `hidden`: an MLP's output is not set")
+        return self
 
     def call(self, program: Program) -> PassResult:
         sites = program.anatomy.attentions if self.where is None else select(program.anatomy, self.where, Attention)
@@ -58,6 +73,8 @@ class Prefix(Pass):
             pairs = self._attach(program, list(group), place)
             if self.shift and first and not cross:
                 shift_positions(program, stack, pairs[0][0])
+                of_decoder = stack == "decoder" and any(i.name == "decoder_input_ids" for i in program.inputs)
+                program.occupy(f"prefix.length.{place}", "decoder_sequence" if of_decoder else "sequence")
         return PassResult(program, modified=True)
 
     def _is_first(self, program: Program, group: str) -> bool:
@@ -75,11 +92,12 @@ class Prefix(Pass):
         init: Init | None = normal(self.std) if self.hidden is None else None
         shared = len({site.path for site in sites}) < len(sites)
         pairs = []
+        words = self._of_words(program, sites) if self.start == "words" else {}
         for site in sites:
             layer = f"layer_{site.layer}" if shared else ""
             shape, free = (site.kv_heads, self.length), {1: symbol}
             key, value = (
-                program.delta(site, f"{self.name}.{part}", (*shape, size), init, free=free, qualifier=layer)
+                program.delta(site, f"{self.name}.{part}", (*shape, size), words.get((site, part), init), free=free, qualifier=layer)
                 for part, size in (("key", site.head_dim), ("value", site.value_dim))
             )
             joined = in_front(site, self.dropout)
@@ -90,6 +108,20 @@ class Prefix(Pass):
         if self.hidden is not None:
             self._reparametrise(program, sites, pairs, group)
         return pairs
+
+    def _of_words(self, program: Program, sites: list[Attention]) -> dict[tuple[Attention, str], Init]:
+        """Keys and values `[kv heads, n, d]` that the base computes where it reads the words (section 7.4)."""
+        ids = program.tokenize(self.words)
+        text = torch.tensor([[ids[i % len(ids)] for i in range(self.length)]])
+        if next(program.graph_module.parameters()).is_meta:
+            return {}
+        places = [(site, part) for site in sites for part in ("key", "value")]
+        found = program.evaluate([site.key if part == "key" else site.value for site, part in places], {"input_ids": text})
+        starts: dict[tuple[Attention, str], Init] = {}
+        for (site, part), states in zip(places, found, strict=True):
+            heads = states.flatten(0, -3)  # a batch of one
+            starts[site, part] = value(heads[:: max(len(heads) // site.kv_heads, 1)])
+        return starts
 
     def _reparametrise(
         self, program: Program, sites: list[Attention], pairs: list[tuple[Delta, Delta]], group: str

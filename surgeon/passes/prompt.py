@@ -2,8 +2,12 @@
 
     [P ; E[ids]]      P [n, d]
 
+An ensemble holds N prompts [N, n, d]: the batch is repeated with another prompt each time, and every text's answers
+take a vote, q = (votes + mean softmax) / (N + 1), of which the logarithm is returned. In training every prompt's
+answers meet the labels on their own.
+
 Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", EMNLP 2021 (arXiv:2104.08691), sections 2
-(prompts) and 3.2 (how they start).
+(prompts), 3.2 (how they start) and 6 (ensembles).
 """
 
 from __future__ import annotations
@@ -16,15 +20,15 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from surgeon.anatomy import Embedding
-from surgeon.errors import SpecError
-from surgeon.ledger import ByLabels, Init, normal
+from surgeon.errors import CompositionError, SpecError
+from surgeon.ledger import ByLabels, Delta, Init, normal
 from surgeon.passes import Pass, PassResult
-from surgeon.passes.virtual import Virtual, text_table
+from surgeon.passes.virtual import Virtual, outputs, text_table
 from surgeon.program import Program
 
 
 class Prompt(Pass):
-    """Prepend n virtual tokens to the text (the encoder's, where there are two); n·d parameters.
+    """Prepend n virtual tokens to the text (the encoder's, where there are two); n·d parameters a prompt.
 
     Encoders then pool virtual token 0 unless `place` is `after`, which keeps the first real token first. Outputs a
     token each are cut back to the real tokens. Length 0 is the base.
@@ -43,14 +47,38 @@ class Prompt(Pass):
     )
     std: PositiveFloat = Field(0.5, description="Standard deviation of a random start.")
     place: Literal["front", "after"] = Field("front", description="Before the text, or after its first token.")
+    ensemble: PositiveInt = Field(
+        1, description="Prompts of one task that vote; how many is free per task where there are several."
+    )
 
     def call(self, program: Program) -> PassResult:
         table = text_table(program)
+        many = self.ensemble > 1
+        shape = (self.ensemble,) * many + (self.length, table.width)
         prompt = program.delta(
-            table, "prompt", (self.length, table.width), self._init(program, table), free={0: "=prompt.length"}
+            table,
+            "prompt",
+            shape,
+            self._init(program, table),
+            free={0: "=prompt.ensemble", 1: "=prompt.length"} if many else {0: "=prompt.length"},
+            default=torch.zeros(1, 0, table.width, dtype=program.dtype) if many else None,
         )
+        if many:
+            for node in [n for n in program.graph.nodes if n.op == "placeholder"]:
+                program.replace(node, _repeated, (prompt,))
+            program.propagate()
         Virtual(prompt, behind=int(self.place == "after")).splice(program)
+        if many:
+            program.propagate()
+            self._vote(program, prompt)
         return PassResult(program, modified=True)
+
+    def _vote(self, program: Program, prompt: Delta) -> None:
+        """Every text's answers, one a prompt, become one."""
+        if program.head == "feature-extraction":
+            raise CompositionError("prompt.ensemble: features are no answers that could vote", try_="a base with a head")
+        for node in outputs(program):
+            program.answer(node, _voted, (prompt,))
 
     def _init(self, program: Program, table: Embedding) -> Init:
         if self.start == "random":
@@ -79,3 +107,27 @@ class Prompt(Pass):
             return drawn
         program.tokenize("a")  # so that a base without a tokenizer is told when the spec is compiled
         return ByLabels(from_labels)
+
+
+def _repeated(real: Tensor, prompt: Tensor) -> Tensor:
+    """A batch once for every prompt."""
+    return real.unsqueeze(0).expand(prompt.shape[-3], *[-1] * real.dim()).flatten(0, 1)
+
+
+def _each(output: Tensor, prompt: Tensor) -> Tensor:
+    # By rows: a head that comes later may change every other size of the output.
+    rows = output.new_ones(output.shape[0], dtype=torch.long).cumsum(0) - 1
+    return output[rows.reshape(prompt.shape[-3], -1)]
+
+
+def _voted(output: Tensor, prompt: Tensor) -> Tensor:
+    """log((votes + mean softmax) / (N + 1)): the majority, and between equals the likelier.
+
+    One prompt gives its own logits, and outputs of a single number their mean.
+    """
+    each = _each(output, prompt)
+    votes = torch.zeros_like(each).scatter(-1, each.argmax(-1, keepdim=True), 1.0).sum(0)
+    count = prompt.new_ones(prompt.shape[-3]).sum()
+    share = (votes + each.softmax(-1).mean(0)) / (count + 1)
+    classes = torch.ones_like(share).sum(-1, keepdim=True)
+    return torch.where((count > 1) & (classes > 1), share.log(), each.mean(0))

@@ -97,8 +97,9 @@ class Virtual:
             return torch.cat([output[:, : self.behind], output[:, self.behind + n :]], 1)
         ends, f, b = others[0], others[1].shape[-2], others[2].shape[-2]
         real = _count(ends.new_ones(output.shape[0], output.shape[1] - f - b))
-        place = real + (real >= self.behind) * f + (real >= ends.unsqueeze(1)) * b
-        return torch.gather(output, 1, place if output.dim() == 2 else place.unsqueeze(-1).expand(-1, -1, output.shape[2]))
+        behind = torch.where(real < ends.unsqueeze(1), real + f, real + (f + b))
+        place = torch.where(real < self.behind, real, behind)
+        return output[torch.ones_like(real).cumsum(0) - 1, place]
 
     def _embed(self, program: Program, table: Embedding, index: fx.Node) -> None:
         """Where an id is virtual, a row of the tokens takes the place of what the embedding module gives."""

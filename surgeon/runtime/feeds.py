@@ -4,7 +4,7 @@ expects: sizes of different inputs are not compared, and a negative token id mea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,13 @@ from surgeon.runtime.taskfile import Array
 SEQUENCE = "sequence"  # the axis that the base's max_length limits
 
 
-def complete(ports: Sequence[Port], inputs: Mapping[str, Any], max_length: int | None) -> dict[str, Array]:
-    """Arrays for all inputs of the graph: those given, and those it can fill in. Raises DataError."""
+def complete(
+    ports: Sequence[Port], inputs: Mapping[str, Any], max_length: int | None, taken: Callable[[str], int]
+) -> dict[str, Array]:
+    """Arrays for all inputs of the graph: those given, and those it can fill in. Raises DataError.
+
+    `taken` says how many of the `max_length` positions of an axis the task's own tokens take.
+    """
     if not isinstance(inputs, Mapping):
         raise DataError(
             f"inputs are a mapping from name to array, not {type(inputs).__name__}", there_is=_listed(ports)
@@ -31,7 +36,8 @@ def complete(ports: Sequence[Port], inputs: Mapping[str, Any], max_length: int |
     for port in ports:
         if port.name in inputs:
             feed[port.name] = array = _array(port, inputs[port.name])
-            _measure(port, array, sizes, max_length)
+            _measure(port, array, sizes)
+            _check_room(port, array, max_length, taken)
         elif port.fill is None:
             raise DataError(f"input '{port.name}' is missing", there_is=_listed(ports))
     for port in ports:
@@ -66,7 +72,7 @@ def _array(port: Port, value: object) -> Array:
     return array
 
 
-def _measure(port: Port, array: Array, sizes: dict[str, tuple[int, str]], max_length: int | None) -> None:
+def _measure(port: Port, array: Array, sizes: dict[str, tuple[int, str]]) -> None:
     """Compare an array's sizes with those of the inputs before it, and remember new ones."""
     if array.ndim != len(port.axes):
         raise DataError(
@@ -82,8 +88,19 @@ def _measure(port: Port, array: Array, sizes: dict[str, tuple[int, str]], max_le
                 f"input '{port.name}' is {list(array.shape)}: its {called} is {size}",
                 there_is=f"{expected} in {source}; {_wanted(port)}",
             )
-        if axis == SEQUENCE and max_length is not None and size > max_length:
-            raise DataError(f"input '{port.name}' has {size} tokens, the base takes {max_length} at most")
+
+
+def _check_room(port: Port, array: Array, max_length: int | None, taken: Callable[[str], int]) -> None:
+    """Does the text fit beside the tokens of the task? Past the table of positions an answer may be garbage."""
+    for axis, size in zip(port.axes, array.shape, strict=True):
+        own = taken(axis) if isinstance(axis, str) else 0
+        if max_length is None or not (axis == SEQUENCE or own) or size + own <= max_length:
+            continue
+        raise DataError(
+            f"input '{port.name}' has {size} tokens, the base takes {max_length} at most",
+            there_is=f"tokens of the task's own: {own}, which leaves {max_length - own}" if own else None,
+            try_="cut the text: `Session.encode(texts, task=…)` does",
+        )
 
 
 def _filled(port: Port, sizes: Mapping[str, tuple[int, str]]) -> Array:

@@ -105,9 +105,14 @@ class Manifest:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     deltas: tuple[Delta, ...]
+    positions: Mapping[str, str]
     tasks: Mapping[str, Task]
     files: Mapping[str, File]
     tools: Mapping[str, str]
+
+    def taken(self, sizes: Mapping[str, int], axis: str) -> int:
+        """How many positions of an input's axis a task of these sizes takes for tokens of its own."""
+        return sum(sizes.get(symbol, 0) for symbol, of in self.positions.items() if of == axis)
 
     def every_file(self) -> dict[str, File]:
         """All files with a recorded hash, those of the tasks included."""
@@ -187,6 +192,7 @@ def parse_manifest(doc: object, where: str) -> Manifest:
         inputs=tuple(_port(item) for item in top.items("inputs")),
         outputs=tuple(_port(item) for item in top.items("outputs")),
         deltas=tuple(_delta(item) for item in top.items("deltas")),
+        positions=MappingProxyType({symbol: str(axis) for symbol, axis in top.get("positions", dict).items()}),
         tasks=MappingProxyType({name: _task(name, item) for name, item in top.named("tasks").items()}),
         files=MappingProxyType({top.inside(name): _file(item) for name, item in top.named("files").items()}),
         tools=MappingProxyType({name: str(tool) for name, tool in top.get("tools", dict).items()}),

@@ -16,7 +16,7 @@ from onnxruntime import InferenceSession, RunOptions
 from surgeon.errors import BuildError, DataError, SpecError, did_you_mean, shorten
 from surgeon.runtime.answers import Answer, answers
 from surgeon.runtime.engine import WARNING, Fusions, Provider, open_model
-from surgeon.runtime.feeds import complete
+from surgeon.runtime.feeds import SEQUENCE, complete
 from surgeon.runtime.manifest import MODEL, Manifest, check_files, read_manifest
 from surgeon.runtime.ort import ORT_ERRORS
 from surgeon.runtime.taskfile import Array
@@ -153,9 +153,15 @@ class Session:
             self._task(name)
             self._tasks = {other: task for other, task in self._tasks.items() if other != name}
 
-    def encode(self, texts: Sequence[Text], max_length: int | None = None) -> dict[str, Array]:
-        """Inputs for `run` from texts or pairs of texts, padded to the longest, cut to what the base takes."""
+    def encode(self, texts: Sequence[Text], max_length: int | None = None, task: str | None = None) -> dict[str, Array]:
+        """Inputs for `run` from texts or pairs of texts, padded to the longest, cut to what the base takes.
+
+        With a `task`, cut to what is left beside tokens of the task's own, such as a prompt.
+        """
         self._open()
+        room, taken = self._manifest.base.max_length, self._taken(self._task(task), SEQUENCE)
+        if room is not None and taken:
+            max_length = min(room - taken, max_length or room)
         if self._texts is None:
             self._texts = read_texts(self._build, self._manifest, verify=self._verify)
         return self._texts.encode(texts, self._manifest.inputs, max_length)
@@ -180,7 +186,7 @@ class Session:
         found: dict[int, Answer] = {}
         for start in range(0, len(order), batch):
             part = order[start : start + batch]
-            outputs = self._run(self.encode([texts[i] for i in part], max_length), active)
+            outputs = self._run(self.encode([texts[i] for i in part], max_length, task), active)
             found.update(zip(part, answers(outputs, labels), strict=True))
         return [found[i] for i in range(len(texts))]
 
@@ -198,7 +204,8 @@ class Session:
 
     def _run(self, inputs: Mapping[str, Any], active: RunnableTask | None) -> dict[str, Array]:
         session = self._open()
-        feed = complete(self._manifest.inputs, inputs, self._manifest.base.max_length)
+        limit = self._manifest.base.max_length
+        feed = complete(self._manifest.inputs, inputs, limit, lambda axis: self._taken(active, axis))
         options = RunOptions()
         options.log_severity_level = WARNING
         if active is not None:
@@ -212,6 +219,9 @@ class Session:
                 there_is="; ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in feed.items()),
             ) from error
         return dict(zip(self._outputs, outputs, strict=True))
+
+    def _taken(self, active: RunnableTask | None, axis: str) -> int:
+        return 0 if active is None else self._manifest.taken(active.info.sizes, axis)
 
     def _open(self) -> InferenceSession:
         session = self._session

@@ -50,7 +50,7 @@ def encode(model: TaskModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[
     encoded = tokenizer(
         [row.text for row in rows],
         truncation=True,
-        max_length=min(max_length, tokenizer.model_max_length),
+        max_length=min(max_length, tokenizer.model_max_length - model.occupied()),
         return_attention_mask=False,
         return_token_type_ids=typed,
     )

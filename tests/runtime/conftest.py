@@ -175,6 +175,7 @@ def manifest_doc(build: Path, fingerprint: str, tasks: dict[str, Any]) -> dict[s
         "deltas": deltas,
         "tasks": tasks,
         "files": {name: {"sha256": hash_file(build / name), "bytes": (build / name).stat().st_size} for name in files},
+        "positions": {},
         "tools": {"onnx": onnx.__version__},
     }
 

@@ -77,6 +77,13 @@ def test_spans_are_cut_back_to_the_text_and_the_first_token_may_stay_first(words
     assert words.gap(found, wanted) <= 1e-6
 
 
+def test_a_head_of_the_tasks_own_labels_every_token_of_the_text(words, tmp_path):
+    model = words.base("bert", "token-classification")
+    compiled = words.operate(model, PLAIN, tasks={"a": {"labels": 3}, "b": {"labels": 5}})
+    feeds = [words.feed(model, 3, 11, pad=4, side="left"), words.feed(model, 2, 6, pad=2)]
+    assert words.served(compiled, tmp_path, feeds) <= 1e-4
+
+
 def test_an_encoder_decoder_has_the_template_around_the_encoders_text(words):
     model = words.base("t5")
     ours = words.operate(model, PLAIN).model("a").eval()

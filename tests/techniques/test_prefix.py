@@ -10,7 +10,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import eager_mask
 
-from surgeon.errors import CompositionError
+from surgeon.errors import CompositionError, SpecError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -199,3 +199,61 @@ def test_rows_drop_out_on_their_own_in_training_alone(lab):
     kept = ours.eval()(**fed).logits
     assert torch.equal(kept, ours(**fed).logits)
     assert lab.gap(kept[0], kept[1]) <= 1e-6
+
+
+@pytest.fixture
+def words(lab, base_folder, monkeypatch):
+    """The laboratory with a tokenizer of a few words."""
+    monkeypatch.setattr(lab, "tokenizer", base_folder / "tokenizer.json")
+    return lab
+
+
+OF_WORDS = {"prefix": {"length": N, "start": "words", "words": "good film great"}}
+IDS = [4, 12, 6, 4, 12]  # repeated to the length
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+def test_a_prefix_of_words_is_a_decoder_that_has_read_them(kind, words):
+    model = words.base(kind)
+    ours = words.operate(model, {"lora": {"rank": 2}}, OF_WORDS).model("a").eval()
+    fed = words.feed(model, 3, 9, pad=2)
+    read = torch.tensor(IDS).expand(3, -1)
+    mask = torch.cat([torch.ones_like(read), fed["attention_mask"]], 1)
+    wanted = model(input_ids=torch.cat([read, fed["input_ids"]], 1), attention_mask=mask).logits[:, N:]
+    seen = fed["attention_mask"].bool()
+    assert words.gap(ours(**fed).logits[seen], wanted[seen]) <= 1e-6
+
+
+def test_a_prefix_of_words_is_what_projections_give_in_every_stack(words):
+    model = words.base("t5")
+    ours = words.operate(model, OF_WORDS).model("a").state_dict()
+    read = torch.tensor([IDS])
+    kept = {}
+    for name, module in model.named_modules():
+        if name.endswith((".k", ".v")):
+            module.register_forward_hook(lambda _m, _i, output, name=name: kept.update({name: output}))
+    model(input_ids=read, decoder_input_ids=read)
+    for module in model.modules():
+        module._forward_hooks.clear()
+    assert len(kept) == len(ours) == 12
+    for name, states in kept.items():
+        part = "key" if name.endswith(".k") else "value"
+        prefix = ours[f"{name.rpartition('.')[0]}.prefix.{part}"]
+        assert words.gap(prefix, states.view(N, 4, 8).transpose(0, 1)) <= 1e-6
+
+
+def test_a_start_from_words_that_cannot_be_says_why(lab, words, monkeypatch):
+    for options in ({"start": "words"}, {"words": "good"}, {"start": "words", "words": "good", "hidden": 3}):
+        with pytest.raises(SpecError, match="start"):
+            words.operate(words.base("bert"), {"prefix": options})
+    with pytest.raises(SpecError, match="does not know 'awful'"):
+        words.operate(words.base("bert"), {"prefix": {"start": "words", "words": "awful"}})
+    monkeypatch.setattr(lab, "tokenizer", None)
+    with pytest.raises(SpecError, match="no tokenizer"):
+        lab.operate(lab.base("bert"), OF_WORDS)
+
+
+def test_a_prefix_that_leaves_no_position_for_the_text_is_an_error(lab):
+    with pytest.raises(SpecError, match="'prefix' leaves no position for the text: 70 of 64 are taken"):
+        lab.operate(lab.base("gpt2"), {"prefix": {"length": 70}})
+    lab.operate(lab.base("gpt2"), {"prefix": {"length": 70, "shift": False}})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from surgeon.errors import SpecError
+import surgeon
+from surgeon.errors import CompositionError, DataError, SpecError
 
 LENGTH = 4
 
@@ -109,6 +110,89 @@ def test_a_start_from_labels_needs_a_tokenizer_names_and_room_for_them(lab, base
             compiled.model("a")
 
 
+@pytest.mark.parametrize("surgery", [{"prompt": {"length": LENGTH}}, {"prefix": {"length": LENGTH}}])
+def test_at_run_time_the_text_must_fit_beside_the_tasks_own_tokens(surgery, lab, tmp_path):
+    model = lab.base("bert")
+    compiled = lab.operate(model, surgery, tasks={"a": {"labels": 2}})
+    assert compiled.model("a").occupied() == LENGTH
+    with surgeon.Session(compiled.save(tmp_path / "build"), threads=1) as session:
+        fed = {"input_ids": torch.full((1, 64), 5).numpy()}
+        assert session.run(fed)["logits"].shape == (1, 2)
+        with pytest.raises(DataError, match="has 64 tokens, the base takes 64 at most") as caught:
+            session.run(fed, "a")
+        assert "tokens of the task's own: 4, which leaves 60" in str(caught.value)
+        with torch.no_grad():
+            wanted = compiled.model("a").eval()(torch.full((1, 60), 5)).logits
+        found = session.run({"input_ids": fed["input_ids"][:, :60]}, "a")["logits"]
+        assert lab.gap(torch.from_numpy(found), wanted) <= 1e-5
+
+
 def test_a_prompt_that_leaves_no_room_for_the_text_is_an_error(lab):
     with pytest.raises(SpecError, match="'prompt' leaves no position for the text: 64 of 64 are taken"):
         lab.operate(lab.base("gpt2"), {"prompt": {"length": 64}})
+
+
+N = 3
+ENSEMBLE = {"prompt": {"length": LENGTH, "ensemble": N}}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(("kind", "head"), [("bert", None), ("bert", "token-classification"), ("gpt2", None)])
+def test_an_ensemble_votes_and_each_of_its_prompts_answers_as_one_alone(kind, head, side, lab):
+    model = lab.base(kind, head, **({"num_labels": 4} if kind == "bert" else {}))
+    ours = lab.operate(model, ENSEMBLE).model("a")
+    lab.move(ours, by=1.0)
+    (name, prompts), *_ = ours.state_dict().items()
+    assert prompts.shape == (N, LENGTH, 32)
+    alone = lab.operate(model, {"prompt": {"length": LENGTH}}).model("a").eval()
+    fed = lab.feed(model, 3, 9, pad=3, side=side)
+    each = []
+    for prompt in prompts:
+        alone.load_state_dict({name: prompt})
+        each.append(alone(**fed).logits)
+    each = torch.stack(each)
+    assert lab.gap(ours.train()(**fed).logits, each.flatten(0, 1)) <= 1e-6
+    votes = torch.nn.functional.one_hot(each.argmax(-1), each.shape[-1]).sum(0)
+    share = (votes + each.softmax(-1).mean(0)) / (N + 1)
+    found = ours.eval()(**fed).logits
+    assert lab.gap(found.softmax(-1), share) <= 1e-5
+    assert (votes.gather(-1, found.argmax(-1, keepdim=True)) == votes.amax(-1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
+def test_every_prompt_of_an_ensemble_learns_on_its_own(kind, lab):
+    model = lab.base(kind)
+    ours = lab.operate(model, ENSEMBLE).model("a").train()
+    (name, prompts), *_ = lab.own(ours).items()
+    fed = lab.batch(model)
+    ours(**fed).loss.backward()
+    alone = lab.operate(model, {"prompt": {"length": LENGTH}}).model("a").train()
+    for prompt, grad in zip(prompts.detach(), prompts.grad, strict=True):
+        alone.zero_grad()
+        alone.load_state_dict({name: prompt})
+        alone(**fed).loss.backward()
+        assert lab.gap(N * grad, lab.own(alone)[name].grad) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["bert", pytest.param("t5", marks=pytest.mark.sweep)])
+def test_ensembles_of_other_sizes_run_in_onnx_runtime(kind, lab, tmp_path):
+    model = lab.base(kind)
+    labels = [{"labels": 3}, {"labels": 4}] if kind == "bert" else [{}, {}]
+    compiled = lab.operate(model, {"lora": {"rank": 2}}, ENSEMBLE, tasks=dict(zip("ab", labels, strict=True)))
+    lab.move(compiled.model("a"), by=0.5)
+    lab.resize(compiled.model("b"), ensemble=1, length=6)
+    feeds = [lab.feed(model, *sizes, pad=pad) for *sizes, pad in ((3, 11, 4), (1, 5, 0))]
+    assert lab.served(compiled, tmp_path, feeds) <= 1e-4
+
+
+def test_an_ensemble_of_one_prompt_of_no_tokens_is_the_base(lab):
+    model = lab.base("gpt2")
+    ours = lab.operate(model, ENSEMBLE).model("a").eval()
+    ours.load_state_dict({name: tensor[:1, :0] for name, tensor in ours.state_dict().items()})
+    fed = lab.feed(model, 3, 9)
+    assert torch.equal(ours(**fed).logits, model(**fed).logits)
+
+
+def test_features_cannot_vote(lab):
+    with pytest.raises(CompositionError, match="features are no answers that could vote"):
+        lab.operate(lab.base("bert", "feature-extraction"), ENSEMBLE)
