@@ -11,13 +11,18 @@ from surgeon.foreign.pieces import Checkpoint, Targets
 from surgeon.spec import BaseSpec
 
 
-def check(checkpoint: Checkpoint, base: Base, named: BaseSpec | None, *, ignore_base_name: bool) -> None:
-    """Raise DeltaError for another base or a checkpoint that lacks tensors, BaseError for a base that does."""
-    if checkpoint.fingerprint is not None and checkpoint.fingerprint != base.fingerprint:
+def check(
+    checkpoint: Checkpoint, base: Base, fingerprint: str, named: BaseSpec | None, *, ignore_base_name: bool
+) -> None:
+    """Raise DeltaError for another base or a checkpoint that lacks tensors, BaseError for a base that does.
+
+    `fingerprint` is that of the base as the program holds it, which may be in another form than the checkpoint's.
+    """
+    if checkpoint.fingerprint is not None and checkpoint.fingerprint != fingerprint:
         raise DeltaError(
             "it was trained on another base",
             where=checkpoint.where,
-            there_is=f"its base: {checkpoint.fingerprint[:16]}; this base: {base.fingerprint[:16]}",
+            there_is=f"its base: {checkpoint.fingerprint[:16]}; this base: {fingerprint[:16]}",
         )
     if not ignore_base_name:
         _check_name(checkpoint, named)

@@ -44,7 +44,7 @@ def export_task(
     present = out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        save_file(stored, out / WEIGHTS[0], metadata={"format": "pt", "base": compiled.base.fingerprint})
+        save_file(stored, out / WEIGHTS[0], metadata={"format": "pt", "base": compiled.program.fingerprint})
         (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     except OSError as error:
         for path in out.glob("adapter_*"):

@@ -115,7 +115,7 @@ def assemble(
     base, program = studied
     checkpoints = {task: settle(c, base, program.anatomy) for task, c in checkpoints.items()}
     for checkpoint in checkpoints.values():
-        check(checkpoint, base, named, ignore_base_name=ignore_base_name)
+        check(checkpoint, base, program.fingerprint, named, ignore_base_name=ignore_base_name)
     spec = Spec.model_validate(union(checkpoints, base, program.anatomy) | {"base": named})
     compiled = Compiled(spec, base, run_passes(program, list(passes(spec))))
     return compiled, [fill(compiled, t, c, ignore_base_name=ignore_base_name) for t, c in checkpoints.items()]
@@ -126,7 +126,8 @@ def fill(compiled: Compiled, task: str, checkpoint: Checkpoint, *, ignore_base_n
     if task not in compiled.tasks:
         raise SpecError(f"there is no task '{task}'", there_is=compiled.tasks, try_=did_you_mean(task, compiled.tasks))
     checkpoint = settle(checkpoint, compiled.base, compiled.program.anatomy)
-    check(checkpoint, compiled.base, compiled.spec.base, ignore_base_name=ignore_base_name)
+    fingerprint, named = compiled.program.fingerprint, compiled.spec.base
+    check(checkpoint, compiled.base, fingerprint, named, ignore_base_name=ignore_base_name)
     placing = Placing(compiled, checkpoint.where)
     for piece in checkpoint.pieces:
         placing.place(piece)

@@ -44,6 +44,8 @@ class LoRA(Pass):
     title: ClassVar[str] = "LoRA"
     paper: ClassVar[str] = "arXiv:2106.09685"
     identity_at_birth: ClassVar[bool] = True
+    asked_by: ClassVar[str] = "lora"
+    """Whose options a message about a size names."""
 
     rank: PositiveInt = Field(8, description="Rank r of the product; free per task and site at run time.")
     alpha: PositiveFloat = Field(16.0, description="Scale numerator: the product is multiplied by alpha / rank.")
@@ -84,7 +86,7 @@ class LoRA(Pass):
         return PassResult(program, modified=True)
 
     def _adapt(self, program: Program, site: Projection, r: int, scale: Callable[[Tensor], float]) -> None:
-        check_rank("lora.rank", r, site.label, site.in_features, site.out_features)
+        check_rank(f"{self.asked_by}.rank", r, site.label, site.in_features, site.out_features)
         make: Callable[..., Delta] = partial(program.delta, site, qualifier=part_of(site))
         fresh_a, fresh_b = self._starts(r)
         a = make("lora_A", (site.in_features, r), fresh_a, free={1: "rank"})
@@ -110,7 +112,7 @@ class LoRA(Pass):
                 f"lora would add to what another technique has put in the place of {site.label}",
                 try_="lora further up in `surgery`; passes run in the order written",
             )
-        check_rank("lora.rank", r, site.label, site.rows, site.width)
+        check_rank(f"{self.asked_by}.rank", r, site.label, site.rows, site.width)
         a = program.delta(site, "lora_embedding_A", (site.rows, r), zeros, free={1: "rank"})
         b = program.delta(site, "lora_embedding_B", (r, site.width), normal(1.0), free={0: "rank"})
         program.fold((b.name,), (b.name,), lambda b: (b * scale(b),))

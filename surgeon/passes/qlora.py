@@ -70,7 +70,7 @@ class QLoRA(Pass):
         for weight, sites in by_weight.items():
             self._hold(program, weight, sites)
         where = self.where or _linears(program)
-        product = LoRA.model_validate({"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "where": where})
+        product = _Product.model_validate({"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "where": where})
         with program.author(LoRA.name):  # the product is LoRA's, under its names
             product.call(program)
         return PassResult(program, modified=True)
@@ -96,6 +96,12 @@ class QLoRA(Pass):
                 program.recompute(site.node, _product(shape, block), (x, *parts))
             else:
                 program.recompute(site.node, _biased(shape, block), (x, bias, *parts))
+
+
+class _Product(LoRA):
+    """LoRA's product, by the options of QLoRA."""
+
+    asked_by: ClassVar[str] = "qlora"
 
 
 def _product(shape: tuple[int, int], block: int) -> Callable[..., Tensor]:

@@ -124,3 +124,22 @@ def test_a_fused_projection_of_one_factor_stays_one(foundry, compare, tmp_path):
                 model.get_parameter(other).copy_(model.get_parameter(first))
     _, tensors = write(compiled, "a")
     assert tensors[key].shape == (3, 32)
+
+
+def test_a_task_over_a_base_in_nf4_is_bound_to_that_base(foundry, tmp_path, surgeon_cli):
+    base = foundry.base("bert", CLASSIFIER)
+    spec = {"base": {"model": str(base)}, "tasks": {"a": {"labels": 3}, "b": {"labels": 3}}}
+    four = surgeon.compile({**spec, "surgery": [{"qlora": {"rank": 4}}]})
+    foundry.moved(four.model("a"))
+    four.save(tmp_path / "four")
+    surgeon.compile({**spec, "surgery": [LORA]}, out=tmp_path / "plain")
+    ran = surgeon_cli("export", tmp_path / "four", "--task", "a", "--to", "peft", "-o", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    ran = surgeon_cli("import", tmp_path / "out", "--build", tmp_path / "plain", "--task", "b")
+    assert ran.code != 0
+    assert "another base" in ran.err
+    ran = surgeon_cli("import", tmp_path / "out", "--build", tmp_path / "four", "--task", "b")
+    assert ran.code == 0, ran.err
+    with surgeon.Session(tmp_path / "four") as session:
+        fed = {"input_ids": [[5, 6, 7, 8]]}
+        assert (session.run(fed, "a")["logits"] == session.run(fed, "b")["logits"]).all()

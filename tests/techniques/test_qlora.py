@@ -402,7 +402,7 @@ BAD = {
     "no linear": ({"quantise": "embedding.token"}, SelectorError, "selects no projection"),
     "a norm": ({"quantise": "norm"}, SelectorError, "selects no projection"),
     "unknown": ({"quantise": "atention"}, SelectorError, "attention"),
-    "rank": ({"rank": 33}, SpecError, "33 is larger"),
+    "rank": ({"rank": 33}, SpecError, "qlora.rank 33 is larger"),
 }
 
 
