@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from surgeon.errors import BuildError
 from surgeon.runtime import Manifest, Session
-from surgeon.runtime.manifest import check_files
+from surgeon.runtime.manifest import FULL, check_files
 
 if TYPE_CHECKING:
     from surgeon.compiler import Compiled
@@ -31,11 +32,12 @@ class AuditedTask:
 
 @dataclass(frozen=True)
 class Audit:
-    """What was checked, all of it right."""
+    """What was checked, all of it right; without a tolerance where the ONNX model holds its base in fewer bits."""
 
     files: int
     compared: bool
-    tolerance: float
+    weights: str
+    tolerance: float | None
     tasks: tuple[AuditedTask, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -46,8 +48,8 @@ class Audit:
 def audit(build: str | Path, *, compare: bool = True, progress: Callable[[str], None] | None = None) -> Audit:
     """Check a build. PyTorch is compared where `compare` says so and it is installed, which needs the base.
 
-    Raises BuildError for files that are not the manifest's or answers that differ, DeltaError for tensors that do not
-    fit.
+    A base in fewer bits differs by nature: how far is told, and only NaN is an error. Raises BuildError for files that
+    are not the manifest's or answers that differ, DeltaError for tensors that do not fit.
     """
     report = progress or (lambda _: None)
     report("reading every file")
@@ -66,7 +68,8 @@ def audit(build: str | Path, *, compare: bool = True, progress: Callable[[str], 
     found = Audit(
         files=len(session.manifest.every_file()),
         compared=compared,
-        tolerance=TOLERANCE,
+        weights=session.manifest.weights,
+        tolerance=TOLERANCE if session.manifest.weights == FULL else None,
         tasks=tuple(AuditedTask(name, count, differences.get(name)) for name, count in parameters.items()),
     )
     _require_agreement(found, build)
@@ -121,11 +124,14 @@ def inputs_for(manifest: Manifest, vocabulary: int) -> dict[str, np.ndarray[Any,
 
 def _require_agreement(found: Audit, build: str | Path) -> None:
     # Written so that a NaN counts as a difference.
-    wrong = [t for t in found.tasks if t.difference is not None and not t.difference <= found.tolerance]
+    limit = math.inf if found.tolerance is None else found.tolerance
+    wrong = [
+        t for t in found.tasks if t.difference is not None and not (t.difference <= limit and t.difference < math.inf)
+    ]
     if wrong:
         raise BuildError(
             "PyTorch and ONNX Runtime give different answers",
             where=str(build),
             there_is=[f"{task.name or 'the base'}: {task.difference:.2g}" for task in wrong],
-            try_=f"compile again; a build of this machine agrees to {found.tolerance:g}",
+            try_=f"compile again; a build of this machine agrees to {TOLERANCE:g}",
         )

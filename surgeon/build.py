@@ -79,7 +79,8 @@ def write_build(contents: Contents, out: Path, report: Callable[[str], None]) ->
     spec, base = contents.spec, contents.base
     with _partial(out) as folder:
         report("converting to ONNX")
-        facts = export_cached(contents.program, contents.program.fingerprint, spec.export.opset, folder)
+        program, export = contents.program, spec.export
+        facts = export_cached(program, program.fingerprint, folder, opset=export.opset, weights=export.weights)
         report("writing the build")
         (folder / "spec.yaml").write_text(spec.to_yaml(), encoding="utf-8")
         (folder / "graph.txt").write_text(graph_text(contents.program), encoding="utf-8")
@@ -174,6 +175,7 @@ def _document(contents: Contents, facts: Mapping[str, Any]) -> dict[str, Any]:
             "stored": {entry.name: entry.form for entry in program.stored.values()},
             "drift": program.drift,
         },
+        "weights": contents.spec.export.weights,
         "modes": list(contents.spec.export.modes),
         "inputs": [{"name": i.name, "dtype": "int64", "axes": list(i.axes), "fill": i.fill} for i in program.inputs],
         "deltas": [

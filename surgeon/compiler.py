@@ -13,6 +13,7 @@ from surgeon.anatomy import find
 from surgeon.base import Base, load_base, open_base
 from surgeon.build import BASE, Contents, check_writable, pack_task, write_build
 from surgeon.errors import BuildError, DeltaError, SpecError, did_you_mean
+from surgeon.exporters.quantise import check_weights
 from surgeon.ledger import symbols
 from surgeon.model import TaskModel
 from surgeon.module import switchable
@@ -43,6 +44,7 @@ class Compiled:
     _models: dict[str, TaskModel] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_weights(self.program, self.spec.export.weights, self.spec.locate(("export", "weights")))
         self._graph = switchable(self.program.graph_module)
         labelled = [name for name, task in self.spec.tasks.items() if task.labels is not None]
         if labelled and "labels" not in symbols(self.program.ledger.deltas.values()):
@@ -84,7 +86,7 @@ class Compiled:
     @property
     def plan(self) -> Plan:
         """What was inserted: sites, parameters and bytes."""
-        return plan(self.program)
+        return plan(self.program, self.spec.export.weights)
 
     def save(self, out: str | Path, *, progress: Progress | None = None) -> Path:
         """Write the build directory `out`, which must be absent or empty."""

@@ -32,6 +32,8 @@ class Plan:
     base_parameters: int
     base_bytes: int
     checkpoint_bytes: int
+    weights: str = "float32"
+    """How the ONNX model holds the base's matrices."""
 
     @property
     def parameters(self) -> int:
@@ -58,12 +60,13 @@ class Plan:
             "base_parameters": self.base_parameters,
             "base_bytes": self.base_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,
+            "weights": self.weights,
             "by_technique": self.by_technique(),
             "rows": [asdict(r) for r in self.rows],
         }
 
 
-def plan(program: Program) -> Plan:
+def plan(program: Program, weights: str = "float32") -> Plan:
     """The plan of a program after its passes."""
     dropped = program.ledger.dropped(program.ledger.left_out)
     idle = program.ledger.idle(dropped)
@@ -91,7 +94,7 @@ def plan(program: Program) -> Plan:
     held, parts = base_bytes(program), {part for entry in stored for part in entry.parts}
     before = held - sum(_bytes(program, part) for part in parts)
     before += sum(prod(entry.shape) * entry.dtype.itemsize for entry in stored)
-    return Plan(tuple(rows), count, held, before)
+    return Plan(tuple(rows), count, held, before, weights)
 
 
 def base_bytes(program: Program) -> int:

@@ -84,7 +84,10 @@ def verify(
         ("task", "#parameters", "#difference"),
         [(task.name or "(the base)", task.parameters, task.difference) for task in found.tasks],
     )
-    compared = (
-        f"PyTorch and ONNX Runtime agree to {found.tolerance:g}" if found.compared else "PyTorch was not compared"
-    )
+    if not found.compared:
+        compared = "PyTorch was not compared"
+    elif found.tolerance is None:
+        compared = f"ONNX Runtime holds the base in {found.weights}: another base, that far from PyTorch's answers"
+    else:
+        compared = f"PyTorch and ONNX Runtime agree to {found.tolerance:g}"
     say(f"\n{found.files} files are as the manifest says; {compared}")

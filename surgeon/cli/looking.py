@@ -99,6 +99,8 @@ def plan(
     )
     if found.base_bytes < found.checkpoint_bytes:
         say(f"the base is held in {size(found.base_bytes)} instead of {size(found.checkpoint_bytes)}")
+    if found.weights != "float32":
+        say(f"the ONNX model holds the base's matrices in {found.weights}: another base, with approximate answers")
 
 
 def count(

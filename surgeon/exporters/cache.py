@@ -32,25 +32,27 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SURGEON_CACHE", default))
 
 
-def export_cached(program: Program, fingerprint: str, opset: int, folder: Path) -> dict[str, Any]:
+def export_cached(
+    program: Program, fingerprint: str, folder: Path, *, opset: int, weights: str
+) -> dict[str, Any]:
     """Put the ONNX model into `folder`, from the cache where it holds it; returns its facts for the manifest."""
-    entry = cache_folder() / cache_key(program, fingerprint, opset)
+    entry = cache_folder() / cache_key(program, fingerprint, opset, weights)
     facts = _take(entry, folder)
     if facts is None:
-        facts = _facts(OnnxExporter().export(program, folder, opset=opset))
+        facts = _facts(OnnxExporter().export(program, folder, opset=opset, weights=weights))
         _store(entry, folder, facts)
     return facts
 
 
-def cache_key(program: Program, fingerprint: str, opset: int) -> str:
-    """Hash of all that the ONNX model depends on: base, graph, free dimensions, opset and versions."""
+def cache_key(program: Program, fingerprint: str, opset: int, weights: str = "float32") -> str:
+    """Hash of all that the ONNX model depends on: base and its form, graph, free dimensions, opset and versions."""
     deltas = [
         (d.name, [d.free.get(a, s) for a, s in enumerate(d.shape)], list(d.default.shape))
         for d in program.ledger.deltas.values()
     ]
     tools = {"modelsurgeon": tool_version("modelsurgeon")} | tool_versions()
     constants = {n: hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for n, t in program.constants.items()}
-    parts = [fingerprint, graph_text(program), deltas, constants, opset, tools]
+    parts = [fingerprint, graph_text(program), deltas, constants, opset, weights, tools]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -23,6 +23,7 @@ from torch.export import Dim
 from torch.func import functional_call
 
 from surgeon.errors import InvariantError, TraceError
+from surgeon.exporters.quantise import quantised
 from surgeon.ledger import Delta
 from surgeon.module import switchable
 from surgeon.program import Program
@@ -48,22 +49,23 @@ class OnnxExporter:
 
     name = "onnx"
 
-    def export(self, program: Program, folder: Path, *, opset: int = 20) -> ir.Model:
+    def export(self, program: Program, folder: Path, *, opset: int = 20, weights: str = "float32") -> ir.Model:
         """Convert and save into `folder`; returns the ONNX model.
 
         Raises TraceError where the rewritten graph cannot be converted, InvariantError where a delta got lost.
         """
-        model = convert(program, opset)
+        model = convert(program, opset, weights)
         path = folder / "model.onnx"
         ir.save(model, path, external_data="model.onnx.data")
         onnx.checker.check_model(str(path))
         return model
 
 
-def convert(program: Program, opset: int) -> ir.Model:
+def convert(program: Program, opset: int, weights: str = "float32") -> ir.Model:
     """The program as an ONNX model in memory."""
     deltas = program.ledger.deltas
-    module = Lifted(translated(switchable(program.graph_module).eval(), program.operators))
+    graph_module = quantised(switchable(program.graph_module).eval(), program, weights)
+    module = Lifted(translated(graph_module, program.operators))
     vocabulary = max((e.rows for e in program.anatomy.embeddings if e.role == "embedding.token"), default=100)
     inputs = sample_inputs(program.inputs, vocabulary, torch.device("cpu"))
     samples = {d.name: d.sample() for d in deltas.values()}

@@ -21,6 +21,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 TOKENIZER = "tokenizer.json"
+FULL = "float32"
+"""Weights of a graph that computes what PyTorch does."""
 CHANGED = "has other content (its hash differs)"
 
 
@@ -102,6 +104,7 @@ class Manifest:
     opset: int
     ir_version: int
     modes: tuple[str, ...]
+    weights: str
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     deltas: tuple[Delta, ...]
@@ -189,6 +192,7 @@ def parse_manifest(doc: object, where: str) -> Manifest:
         opset=top.get("opset", int),
         ir_version=top.get("ir_version", int),
         modes=tuple(top.get("modes", list)),
+        weights=top.optional("weights", str) or FULL,
         inputs=tuple(_port(item) for item in top.items("inputs")),
         outputs=tuple(_port(item) for item in top.items("outputs")),
         deltas=tuple(_delta(item) for item in top.items("deltas")),

@@ -151,6 +151,11 @@ class ExportSpec(Part):
         default=("switch",), description="`switch`: one task a call, chosen when the model is run."
     )
     opset: StrictInt = Field(default=20, ge=18, le=23, description="ONNX operator set.")
+    weights: Literal["float32", "int8", "int4"] = Field(
+        default="float32",
+        description="How the ONNX model holds the base's matrices: as they are, or in fewer bits. That is another base "
+        "than the one that is trained on, and its answers are approximate.",
+    )
 
     @field_validator("modes")
     @classmethod

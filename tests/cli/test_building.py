@@ -127,3 +127,12 @@ def test_packing_puts_weights_in_that_were_trained_elsewhere_with_another_rank(s
     assert all(torch.equal(packed(build)["mood"][name], tensor) for name, tensor in wide.items())
     assert len(list((build / "tasks").iterdir())) == 4
     assert surgeon("verify", build).code == 0
+
+
+def test_a_base_in_fewer_bits_is_said_to_be_another(surgeon, write_spec, tmp_path):
+    spec = write_spec(export="{weights: int8}")
+    assert "matrices in int8: another base" in surgeon("plan", spec).out
+    assert surgeon("compile", spec, "-o", tmp_path / "build").code == 0
+    ran = surgeon("verify", tmp_path / "build")
+    assert ran.code == 0, ran.err
+    assert "holds the base in int8" in ran.out
