@@ -197,7 +197,8 @@ is the resident memory of a fresh process that loads the model and runs a batch 
 of runs in turn, of the base without a task; a ratio is the median of the rounds' ratios. *difference* is the largest of
 any logit to fp32's, relative to the largest logit. *with fp32 inputs* are the same bytes with `accuracy_level` 0, which
 is not offered: it shows what the rounding of inputs costs and brings. NF4's difference and accuracy are of the task
-that was trained over fp32; one that `qlora` trains is trained over NF4 itself.
+that was trained over fp32; one that `qlora` trains is trained over NF4 itself. An accuracy on 600
+sentences has a standard error of 0.014, so none of these differs for certain.
 
 Machine: {machine}. {load}
 

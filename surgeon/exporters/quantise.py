@@ -22,7 +22,7 @@ BITS = {"int8": 8, "int4": 4}
 BLOCK = 32
 """Numbers that share one scale."""
 ACCURACY = 4
-"""Let ONNX Runtime round the products' inputs to 8 bits as well, block by block; with fp32 inputs it is far slower."""
+"""Let ONNX Runtime round the products' inputs to 8 bits as well, block by block; with fp32 inputs `int8` is far slower."""
 LAYOUTS: dict[Any, tuple[int, int, bool]] = {
     aten.linear.default: (0, 1, True),
     aten.matmul.default: (0, 1, False),
