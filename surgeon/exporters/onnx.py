@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +18,15 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
-from torch import Tensor, fx, nn
-from torch.export import Dim
-from torch.func import functional_call
 
 from surgeon.errors import InvariantError, TraceError
+from surgeon.exporters.exported import exported
 from surgeon.exporters.quantise import quantised
 from surgeon.ledger import Delta
-from surgeon.module import switchable
+from surgeon.module import copied
 from surgeon.program import Program
-from surgeon.trace import sample_inputs
 
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
-
-
-class Lifted(nn.Module):
-    """The program as a function of inputs and deltas."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__()
-        self.program = graph
-
-    def forward(self, inputs: dict[str, Tensor], deltas: dict[str, Tensor]) -> dict[str, Tensor]:
-        output = functional_call(self.program, deltas, (), inputs)
-        return {name: output[name] for name in OUTPUTS if output.get(name) is not None}
 
 
 class OnnxExporter:
@@ -64,35 +49,21 @@ class OnnxExporter:
 def convert(program: Program, opset: int, weights: str = "float32") -> ir.Model:
     """The program as an ONNX model in memory."""
     deltas = program.ledger.deltas
-    graph_module = quantised(switchable(program.graph_module).eval(), program, weights)
-    module = Lifted(translated(graph_module, program.operators))
-    vocabulary = max((e.rows for e in program.anatomy.embeddings if e.role == "embedding.token"), default=100)
-    inputs = sample_inputs(program.inputs, vocabulary, torch.device("cpu"))
-    samples = {d.name: d.sample() for d in deltas.values()}
-    shapes = {
-        "inputs": {i.name: dict.fromkeys(range(len(i.axes)), Dim.DYNAMIC) for i in program.inputs},
-        "deltas": {d.name: dict.fromkeys(d.free, Dim.DYNAMIC) for d in deltas.values()},
-    }
-    # Without gradients in the second step too: attention of a mask that requires them is laid out in another way.
+    # Without gradients: attention of a mask that requires them is laid out in another way.
     with quiet(), torch.no_grad():
         try:
-            exported = torch.export.export(
-                module,
-                (),
-                {"inputs": inputs, "deltas": samples},
-                dynamic_shapes=shapes,
-                strict=False,
-                prefer_deferred_runtime_asserts_over_guards=True,
-            )
+            function = exported(program, quantised(copied(program.graph_module), program, weights), OUTPUTS)
             converted = torch.onnx.export(
-                exported,
+                function,
                 dynamo=True,
                 opset_version=opset,
                 optimize=True,
-                input_names=[*inputs, *deltas],
-                output_names=list(exported.call_spec.out_spec.context),
+                input_names=[*(i.name for i in program.inputs), *deltas],
+                output_names=list(function.call_spec.out_spec.context),
                 verbose=False,
             )
+        except TraceError:
+            raise
         except Exception as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]  # the exporter's own is a list of steps
             raise TraceError(f"the rewritten graph does not convert to ONNX: {reason}") from error
@@ -104,41 +75,6 @@ def convert(program: Program, opset: int, weights: str = "float32") -> ir.Model:
     model.metadata_props.clear()
     check_overridable(model, program)
     return model
-
-
-def translated(
-    graph_module: fx.GraphModule, operators: Mapping[Any, Callable[..., Tensor] | None]
-) -> fx.GraphModule:
-    """Operators that torch does not have, in the way of the exporter; those of constants computed here.
-
-    What is computed takes the place and the name of its first constant, which nobody else reads then.
-    """
-    done: dict[str, Tensor] = {}
-    for node in list(graph_module.graph.nodes):
-        if node.op != "call_function" or node.target not in operators:
-            continue
-        exported = operators[node.target]
-        if exported is not None:
-            node.target = exported
-            continue
-        names = [operand.target for operand in node.args]
-        if names[0] not in done:
-            done[names[0]] = node.target(*(_attribute(graph_module, name) for name in names))
-        with graph_module.graph.inserting_before(node):
-            node.replace_all_uses_with(graph_module.graph.get_attr(names[0]))
-        graph_module.graph.erase_node(node)
-    for name, tensor in done.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(graph_module.get_submodule(owner), leaf, tensor)
-    graph_module.graph.eliminate_dead_code()
-    graph_module.recompile()
-    return graph_module
-
-
-def _attribute(graph_module: fx.GraphModule, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    tensor: Tensor = getattr(graph_module.get_submodule(owner), leaf)
-    return tensor
 
 
 def set_defaults(model: ir.Model, deltas: Mapping[str, Delta]) -> None:

@@ -1,0 +1,225 @@
+"""From a rewritten graph to an `ExportedProgram` whose inputs are the model's and the deltas, without tracing again.
+
+The graph is flat, and its operators are the dispatcher's already. So it is only written anew: in eval mode, with a
+placeholder for every tensor, without what does nothing, and with one symbol for each free size in the shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
+from torch._export.verifier import TrainingIRVerifier
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils import _pytree as pytree
+
+from surgeon.errors import TraceError
+from surgeon.program import Program
+from surgeon.trace import sample_inputs
+
+aten = torch.ops.aten
+
+CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default)
+IDLE = (
+    *CASTS,
+    aten.reshape.default,
+    aten.view.default,
+    aten.contiguous.default,
+    aten.expand.default,
+)
+SYNONYMS = {
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.min.other: aten.minimum.default,
+    aten.max.other: aten.maximum.default,
+}
+
+
+def exported(program: Program, outputs: Collection[str]) -> ExportedProgram:
+    """The program in eval mode as a function of its inputs and its deltas, in this order, to those `outputs` it has.
+
+    Raises TraceError where a size that should be free is not.
+    """
+    writer = _Writer(program)
+    results = writer.write(outputs)
+    own = {i.name for i in program.inputs} | set(program.ledger.deltas)
+    specs = [
+        InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None)
+        if name in own
+        else InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, persistent=True)
+        for name, node in writer.placeholders.items()
+    ]
+    returned = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(n.name), None) for n in results.values()]
+    arguments = dict.fromkeys(node.name for name, node in writer.placeholders.items() if name in own)
+    call = ModuleCallSignature(
+        [], [], pytree.tree_structure(((), arguments)), pytree.tree_structure(dict.fromkeys(results, 0))
+    )
+    return Settled(
+        nn.Module(),
+        writer.graph,
+        ExportGraphSignature(specs, returned),
+        writer.state,
+        {},
+        [ModuleCallEntry("", call)],
+        verifiers=[TrainingIRVerifier],
+    )
+
+
+class Settled(ExportedProgram):
+    """A program that is decomposed only where an operator of it has to be: retracing it all takes half of a compile."""
+
+    def run_decompositions(self, decomp_table: Any = None, decompose_custom_triton_ops: bool = False) -> ExportedProgram:
+        """This program itself, or the decomposed one."""
+        if any(_unsettled(node, decomp_table or {}) for node in self.graph.nodes):
+            decomposed: ExportedProgram = super().run_decompositions(decomp_table, decompose_custom_triton_ops)
+            return decomposed
+        return self
+
+
+def _unsettled(node: fx.Node, table: Any) -> bool:
+    """Whether no ONNX operator stands for the node: it has a decomposition, writes in place, or holds a subgraph."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.op == "get_attr"
+    schema = node.target._schema
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(str(node.target._name), "CompositeImplicitAutograd")
+    view = composite and any(argument.alias_info for argument in schema.arguments)  # in no table; `flatten` fails on size 0
+    return node.target in table or schema.is_mutable or (view and node.target not in IDLE)
+
+
+class _Writer:
+    """Writes the graph anew, and the fake tensor of every value with it."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.graph = fx.Graph()
+        self.placeholders: dict[str, fx.Node] = {}
+        self.state: dict[str, Tensor] = {}
+        self._env: dict[fx.Node, Any] = {}
+        self._shapes = ShapeEnv()
+        self._mode = FakeTensorMode(shape_env=self._shapes)
+        self._sizes: dict[str, torch.SymInt] = {}
+
+    def write(self, outputs: Collection[str]) -> dict[str, fx.Node]:
+        """Write it all; returns the nodes of those `outputs` there are, by name."""
+        self._place()
+        source = self.program.graph
+        with self._mode, enable_python_dispatcher(), torch.no_grad():
+            for node in source.nodes:
+                if node not in self._env and node.op != "output":
+                    self._env[node] = self._written(node)
+        self._check_free()
+        spec = source._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+        places = pytree.tree_unflatten(range(spec.num_leaves), spec)
+        values: Any = source.output_node().args[0]
+        results = {n: self._env[values[places[n]]] for n in outputs if places.get(n) is not None}
+        self.graph.output(tuple(results.values()))
+        self.graph.eliminate_dead_code()
+        return results
+
+    def _place(self) -> None:
+        """A placeholder for every tensor: the base's, the inputs, the deltas."""
+        program = self.program
+        read = [n for n in program.graph.nodes if n.op == "get_attr"]
+        for node in read:
+            if node.target in program.ledger.deltas:
+                continue
+            tensor = _attribute(program.graph_module, node.target)
+            if not isinstance(tensor, Tensor):
+                self._env[node] = self.graph.node_copy(node)
+            elif node.target not in self.placeholders:
+                self.state[node.target] = tensor
+                self._add(node.target, self._mode.from_tensor(tensor, static_shapes=True))
+        samples = sample_inputs(program.inputs, 100, torch.device("cpu"))
+        for given in program.inputs:
+            shape: list[Any] = [self._size(*axis) for axis in zip(given.axes, samples[given.name].shape, strict=True)]
+            self._add(given.name, self._empty(shape, samples[given.name].dtype))
+        for name, delta in program.ledger.deltas.items():
+            hints = delta.sample().shape
+            shape = [self._size(delta.free[a], s) if a in delta.free else s for a, s in enumerate(hints)]
+            self._add(name, self._empty(shape, delta.dtype))
+        for node in program.graph.nodes:
+            if node.op == "placeholder" or node.target in self.placeholders:
+                self._env[node] = self.placeholders[node.target]
+
+    def _add(self, name: str, fake: Tensor) -> None:
+        node = self.graph.placeholder(name.replace(".", "_"))
+        node.meta["val"] = fake
+        self.placeholders[name] = node
+
+    def _empty(self, shape: list[Any], dtype: torch.dtype) -> Tensor:
+        with self._mode:
+            return torch.empty(shape, dtype=dtype)
+
+    def _size(self, word: str, hint: int) -> torch.SymInt:
+        if word not in self._sizes:
+            source = ConstantSource(f"size_{len(self._sizes)}")
+            symbol = self._shapes.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+            self._sizes[word] = self._shapes.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[assignment]
+        return self._sizes[word]
+
+    def _written(self, node: fx.Node) -> Any:
+        """What stands for `node`: a copy with its value, or its operand where it does nothing in eval mode."""
+        target: Any = SYNONYMS.get(node.target, node.target)  # type: ignore[call-overload]
+        args: Any
+        kwargs: Any
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._env[n])
+        if target is aten.dropout.default:
+            return args[0]
+        if target is aten.scaled_dot_product_attention.default:
+            args = args[:4] + ((0.0,) if len(args) > 4 else ()) + args[5:]
+            kwargs = {n: a for n, a in kwargs.items() if n != "dropout_p"}
+        value = target(*_values(args), **_values(kwargs))
+        if target in IDLE:
+            before = args[0].meta["val"]
+            if value.dtype == before.dtype and _extent(value) == _extent(before):
+                return args[0]
+            if target in CASTS:
+                target, args, kwargs = aten._to_copy.default, args[:1], {"dtype": value.dtype}
+        if target is aten.reshape.default:  # to ONNX, a size 0 in a `reshape` means the operand's size, in a `view` zero
+            copied = before.clone(memory_format=torch.contiguous_format)
+            args = (self._node(aten.clone.default, args[:1], {"memory_format": torch.contiguous_format}, copied), args[1])
+            target, kwargs, value = aten.view.default, {}, copied.view(_values(args[1]))
+        return self._node(target, args, kwargs, value, node.name)
+
+    def _node(self, target: Any, args: Any, kwargs: Any, value: Any, name: str | None = None) -> fx.Node:
+        node = self.graph.create_node("call_function", target, args, kwargs, name)
+        node.meta["val"] = value
+        return node
+
+    def _check_free(self) -> None:
+        """Shapes were computed under the condition that no free size is a certain number."""
+        for word, size in self._sizes.items():
+            if not isinstance(size.node.expr, sympy.Symbol):
+                raise TraceError(f"the rewritten graph works only where the size {word} is {size.node.expr}")
+
+
+def _values(arguments: Any) -> Any:
+    return fx.node.map_arg(arguments, lambda n: n.meta["val"])
+
+
+def _extent(tensor: Tensor) -> list[Any]:
+    """The shape as expressions: comparing sizes themselves would bind one to the other."""
+    return [size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size) for size in tensor.shape]
+
+
+def _attribute(root: nn.Module, name: str) -> Any:
+    found: Any = root
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
