@@ -40,7 +40,6 @@ IDLE = (
     *CASTS,
     aten.reshape.default,
     aten.view.default,
-    aten.contiguous.default,
     aten.expand.default,
 )
 SYNONYMS = {
@@ -185,6 +184,8 @@ class _Writer:
             args = args[:4] + ((0.0,) if len(args) > 4 else ()) + args[5:]
             kwargs = {n: a for n, a in kwargs.items() if n != "dropout_p"}
         value = target(*_values(args), **_values(kwargs))
+        if target is aten.contiguous.default:
+            return self._contiguous(args[0])
         if target in IDLE:
             before = args[0].meta["val"]
             if value.dtype == before.dtype and _extent(value) == _extent(before):
@@ -192,10 +193,15 @@ class _Writer:
             if target in CASTS:
                 target, args, kwargs = aten._to_copy.default, args[:1], {"dtype": value.dtype}
         if target is aten.reshape.default:  # to ONNX, a size 0 in a `reshape` means the operand's size, in a `view` zero
-            copied = before.clone(memory_format=torch.contiguous_format)
-            args = (self._node(aten.clone.default, args[:1], {"memory_format": torch.contiguous_format}, copied), args[1])
-            target, kwargs, value = aten.view.default, {}, copied.view(_values(args[1]))
+            copied = self._contiguous(args[0])
+            target, args, kwargs = aten.view.default, (copied, args[1]), {}
+            value = copied.meta["val"].view(_values(args[1]))
         return self._node(target, args, kwargs, value, node.name)
+
+    def _contiguous(self, node: fx.Node) -> fx.Node:
+        """What every later `view` can read, as it stands in a graph that is decomposed; nothing to ONNX."""
+        form = {"memory_format": torch.contiguous_format}
+        return self._node(aten.clone.default, (node,), form, node.meta["val"].clone(**form))
 
     def _node(self, target: Any, args: Any, kwargs: Any, value: Any, name: str | None = None) -> fx.Node:
         node = self.graph.create_node("call_function", target, args, kwargs, name)
