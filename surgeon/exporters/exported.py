@@ -26,6 +26,7 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
@@ -113,6 +114,7 @@ class _Writer:
         self._shapes = ShapeEnv()
         self._mode = FakeTensorMode(shape_env=self._shapes)
         self._sizes: dict[str, torch.SymInt] = {}
+        self._computed: dict[fx.Node, fx.Node] = {}
 
     def write(self, outputs: Collection[str]) -> dict[str, fx.Node]:
         """Write it all; returns the nodes of those `outputs` there are, by name."""
@@ -120,7 +122,7 @@ class _Writer:
         source = self.program.graph
         with self._mode, enable_python_dispatcher(), torch.no_grad():
             for node in source.nodes:
-                if node not in self._env and node.op != "output":
+                if node not in self._env and node.op == "call_function":
                     self._env[node] = self._written(node)
         self._check_free()
         spec = source._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
@@ -134,11 +136,13 @@ class _Writer:
     def _place(self) -> None:
         """A placeholder for every tensor: the base's, the inputs, the deltas."""
         program = self.program
-        read = [n for n in program.graph.nodes if n.op == "get_attr"]
-        for node in read:
-            if node.target in program.ledger.deltas:
+        computed = self._compute()
+        for node in program.graph.nodes:
+            if node.op != "get_attr" or node.target in program.ledger.deltas or node in computed:
                 continue
-            tensor = _attribute(program.graph_module, node.target)
+            tensor = self.state.get(node.target)
+            if tensor is None:
+                tensor = _attribute(program.graph_module, node.target)
             if not isinstance(tensor, Tensor):
                 self._env[node] = self.graph.node_copy(node)
             elif node.target not in self.placeholders:
@@ -155,6 +159,23 @@ class _Writer:
         for node in program.graph.nodes:
             if node.op == "placeholder" or node.target in self.placeholders:
                 self._env[node] = self.placeholders[node.target]
+
+    def _compute(self) -> set[fx.Node]:
+        """Take the place of operators of constants that are computed when exporting; returns what only they read.
+
+        A result takes the name of its first operand.
+        """
+        operators = self.program.operators
+        absorbed: set[fx.Node] = set()
+        for node in self.program.graph.nodes:
+            if node.target in operators and operators[node.target] is None:
+                first, *others = node.args
+                if first.target not in self.state:
+                    values = (_attribute(self.program.graph_module, n.target) for n in node.args)
+                    self.state[first.target] = node.target(*values)
+                self._computed[node] = first
+                absorbed.update(n for n in others if all(user in self._computed or user is node for user in n.users))
+        return absorbed
 
     def _add(self, name: str, fake: Tensor) -> None:
         node = self.graph.placeholder(name.replace(".", "_"))
@@ -174,10 +195,14 @@ class _Writer:
 
     def _written(self, node: fx.Node) -> Any:
         """What stands for `node`: a copy with its value, or its operand where it does nothing in eval mode."""
+        if node in self._computed:
+            return self._env[self._computed[node]]
         target: Any = SYNONYMS.get(node.target, node.target)  # type: ignore[call-overload]
         args: Any
         kwargs: Any
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._env[n])
+        if target in self.program.operators:
+            return self._spelled(self.program.operators[target], args)
         if target is aten.dropout.default:
             return args[0]
         if target is aten.scaled_dot_product_attention.default:
@@ -197,6 +222,19 @@ class _Writer:
             target, args, kwargs = aten.view.default, (copied, args[1]), {}
             value = copied.meta["val"].view(_values(args[1]))
         return self._node(target, args, kwargs, value, node.name)
+
+    def _spelled(self, fn: Any, args: tuple[Any, ...]) -> fx.Node:
+        """An operator that torch does not have, as the technique that brought it writes it for exporters."""
+        nodes = [a for a in args if isinstance(a, fx.Node)]
+        body = make_fx(
+            lambda *values: fn(*fx.node.map_arg(args, dict(zip(nodes, values, strict=True)).__getitem__)),
+            pre_dispatch=True,
+        )(*_values(nodes))
+        env: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), nodes, strict=True))
+        for inner in body.graph.nodes:
+            if inner.op == "call_function":
+                env[inner] = self.graph.node_copy(inner, env.__getitem__)
+        return env[body.graph.output_node().args[0]]  # type: ignore[index, no-any-return]
 
     def _contiguous(self, node: fx.Node) -> fx.Node:
         """What every later `view` can read, as it stands in a graph that is decomposed; nothing to ONNX."""

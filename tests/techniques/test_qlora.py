@@ -300,8 +300,8 @@ def test_the_file_holds_bitsandbytes_bytes_under_the_checkpoints_names(built, tm
             whole, blocksize=block, compress_statistics=model.config.model_type != "llama", quant_type="nf4"
         )
         absmax = F.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-        assert held[f"program.{name}.nf4"].tobytes() == packed.numpy().tobytes()
-        assert held[f"program.{name}.absmax"].tobytes() == absmax.numpy().tobytes()
+        assert held[f"{name}.nf4"].tobytes() == packed.numpy().tobytes()
+        assert held[f"{name}.absmax"].tobytes() == absmax.numpy().tobytes()
         assert f"program.{name}" not in held
 
 
