@@ -47,7 +47,7 @@ class Setting:
     test_rows: int
     epochs: int
     max_length: int = 64
-    batch_size: int = 32
+    batch_size: int = 16
 
     @property
     def steps(self) -> int:
@@ -77,13 +77,14 @@ class Result:
 def main() -> None:
     """Train what is still missing, then show and write the table."""
     reader = argparse.ArgumentParser(description=__doc__)
-    reader.add_argument("--rows", type=int, default=1200, help="training rows")
+    reader.add_argument("--rows", type=int, default=600, help="training rows")
     reader.add_argument("--test-rows", type=int, default=600)
     reader.add_argument("--epochs", type=int, default=3)
+    reader.add_argument("--batch-size", type=int, default=16)
     reader.add_argument("--seeds", type=int, default=3, help="runs of each")
     reader.add_argument("--techniques", nargs="+", default=None, help="only these; the page is then not written")
     given = reader.parse_args()
-    setting = Setting(given.rows, given.test_rows, given.epochs)
+    setting = Setting(given.rows, given.test_rows, given.epochs, batch_size=given.batch_size)
     chosen = [recipe for name, recipe in recipes().items() if given.techniques is None or name in given.techniques]
     console = Console()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

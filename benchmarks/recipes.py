@@ -23,7 +23,7 @@ MakePeer = Callable[[PreTrainedModel, int], nn.Module]
 QV = ["query", "value"]
 LAST_LINEAR = r".*layer\.\d+\.output\.dense"
 RATES = {
-    "head": 1e-2, "full": 1e-4, "lora": 1e-3, "dora": 1e-3, "adalora": 3e-3, "qlora": 1e-3, "vera": 1e-2, "ia3": 1e-2,
+    "head": 1e-2, "full": 1e-4, "lora": 1e-3, "dora": 1e-3, "adalora": 1e-2, "qlora": 1e-3, "vera": 1e-2, "ia3": 1e-2,
     "bitfit": 3e-3, "norm_tuning": 3e-3, "adapter": 1e-3, "drop": 1e-3, "compacter": 3e-3, "prefix": 1e-2,
     "prompt": 3e-2, "p_tuning": 3e-3, "p_tuning_v2": 1e-2,
 }  # fmt: skip
