@@ -63,7 +63,7 @@ def _options(
     for option in known:
         if only and option.name not in only:
             continue
-        choices = f" One of: {', '.join(option.choices)}." if option.choices else ""
+        choices = f" One of: {', '.join(map(str, option.choices))}." if option.choices else ""
         yield from _comment(option.description + choices, indent)
         if option.required and option.name not in given:
             yield f"{indent}{option.name}:  # must be given"

@@ -122,7 +122,9 @@ class _Writer:
         source = self.program.graph
         with self._mode, enable_python_dispatcher(), torch.no_grad():
             for node in source.nodes:
-                if node not in self._env and node.op == "call_function":
+                if node.op == "call_module":  # an `Either`, the only module of a graph
+                    self._env[node] = self._env[node.args[1]]
+                elif node not in self._env and node.op == "call_function":
                     self._env[node] = self._written(node)
         self._check_free()
         spec = source._codegen.pytree_info.out_spec  # type: ignore[attr-defined]

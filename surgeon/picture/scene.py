@@ -78,7 +78,9 @@ class _View:
         used = {line.technique for box in self.shown.values() for line in box.lines}
         used |= {box.technique for box in self.shown.values()}
         # A technique that builds on another has deltas of that one, and stands where it was applied.
-        self.techniques = [name for name in dict.fromkeys([*program.applied, *sorted(filter(None, used))]) if name in used]
+        self.techniques = [
+            name for name in dict.fromkeys([*program.applied, *sorted(filter(None, used))]) if name in used
+        ]
 
     # -- what is drawn --------------------------------------------------------------------------------------------
 
