@@ -44,14 +44,17 @@ class Either(nn.Module):
         return training if self.training else evaluation
 
 
+def copied(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Another graph over the same tensors."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    graph._codegen = graph_module.graph._codegen
+    return fx.GraphModule(graph_module, graph)
+
+
 def switchable(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A copy of the graph over the same tensors, in which dropout is a module that reads `training`."""
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(graph_module.graph, env)
-    graph.output(output)
-    graph._codegen = graph_module.graph._codegen
-    root = fx.GraphModule(graph_module, graph)
+    root = copied(graph_module)
     for node in list(root.graph.nodes):
         if node.target is aten.dropout.default:
             _make_switchable(root, node, nn.Dropout(float(node.args[1])), (node.args[0],), {})

@@ -7,6 +7,7 @@ placeholder for every tensor, without what does nothing, and with one symbol for
 from __future__ import annotations
 
 from collections.abc import Collection
+from types import FunctionType
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -51,12 +52,13 @@ SYNONYMS = {
 }
 
 
-def exported(program: Program, outputs: Collection[str]) -> ExportedProgram:
+def exported(program: Program, graph_module: fx.GraphModule, outputs: Collection[str]) -> ExportedProgram:
     """The program in eval mode as a function of its inputs and its deltas, in this order, to those `outputs` it has.
 
-    Raises TraceError where a size that should be free is not.
+    `graph_module` is its graph as it is to be deployed; a product in it may be a plain function that says what it is
+    by operators of ONNX. Raises TraceError where a size that should be free is not.
     """
-    writer = _Writer(program)
+    writer = _Writer(program, graph_module)
     results = writer.write(outputs)
     own = {i.name for i in program.inputs} | set(program.ledger.deltas)
     specs = [
@@ -105,8 +107,9 @@ def _unsettled(node: fx.Node, table: Any) -> bool:
 class _Writer:
     """Writes the graph anew, and the fake tensor of every value with it."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, source: fx.GraphModule) -> None:
         self.program = program
+        self.source = source
         self.graph = fx.Graph()
         self.placeholders: dict[str, fx.Node] = {}
         self.state: dict[str, Tensor] = {}
@@ -119,7 +122,7 @@ class _Writer:
     def write(self, outputs: Collection[str]) -> dict[str, fx.Node]:
         """Write it all; returns the nodes of those `outputs` there are, by name."""
         self._place()
-        source = self.program.graph
+        source = self.source.graph
         with self._mode, enable_python_dispatcher(), torch.no_grad():
             for node in source.nodes:
                 if node.op == "call_module":  # an `Either`, the only module of a graph
@@ -139,12 +142,12 @@ class _Writer:
         """A placeholder for every tensor: the base's, the inputs, the deltas."""
         program = self.program
         computed = self._compute()
-        for node in program.graph.nodes:
+        for node in self.source.graph.nodes:
             if node.op != "get_attr" or node.target in program.ledger.deltas or node in computed:
                 continue
             tensor = self.state.get(node.target)
             if tensor is None:
-                tensor = _attribute(program.graph_module, node.target)
+                tensor = _attribute(self.source, node.target)
             if not isinstance(tensor, Tensor):
                 self._env[node] = self.graph.node_copy(node)
             elif node.target not in self.placeholders:
@@ -158,7 +161,7 @@ class _Writer:
             hints = delta.sample().shape
             shape = [self._size(delta.free[a], s) if a in delta.free else s for a, s in enumerate(hints)]
             self._add(name, self._empty(shape, delta.dtype))
-        for node in program.graph.nodes:
+        for node in self.source.graph.nodes:
             if node.op == "placeholder" or node.target in self.placeholders:
                 self._env[node] = self.placeholders[node.target]
 
@@ -169,11 +172,11 @@ class _Writer:
         """
         operators = self.program.operators
         absorbed: set[fx.Node] = set()
-        for node in self.program.graph.nodes:
+        for node in self.source.graph.nodes:
             if node.target in operators and operators[node.target] is None:
                 first, *others = node.args
                 if first.target not in self.state:
-                    values = (_attribute(self.program.graph_module, n.target) for n in node.args)
+                    values = (_attribute(self.source, n.target) for n in node.args)
                     self.state[first.target] = node.target(*values)
                 self._computed[node] = first
                 absorbed.update(n for n in others if all(user in self._computed or user is node for user in n.users))
@@ -203,8 +206,9 @@ class _Writer:
         args: Any
         kwargs: Any
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._env[n])
-        if target in self.program.operators:
-            return self._spelled(self.program.operators[target], args)
+        target = self.program.operators.get(target, target)
+        if isinstance(target, FunctionType) and isinstance(node.meta["val"], Tensor):
+            return self._spelled(target, args)
         if target is aten.dropout.default:
             return args[0]
         if target is aten.scaled_dot_product_attention.default:

@@ -49,10 +49,11 @@ class OnnxExporter:
 def convert(program: Program, opset: int, weights: str = "float32") -> ir.Model:
     """The program as an ONNX model in memory."""
     deltas = program.ledger.deltas
+    source = quantised(copied(program.graph_module), program, weights)
     # Without gradients: attention of a mask that requires them is laid out in another way.
     with quiet(), torch.no_grad():
         try:
-            function = exported(program, quantised(copied(program.graph_module), program, weights), OUTPUTS)
+            function = exported(program, source, OUTPUTS)
             converted = torch.onnx.export(
                 function,
                 dynamo=True,
