@@ -101,6 +101,10 @@ class Peer(nn.Module):
     def forward(self, **batch: Tensor) -> Any:
         return self.model(**batch)
 
+    def occupied(self) -> int:
+        """Positions that its own tokens take: texts here are far shorter than what is left."""
+        return 0
+
     def trained(self) -> dict[str, nn.Parameter]:
         """What it trains."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
