@@ -69,7 +69,14 @@ def programs(tiny):
         graph_module = fx.GraphModule(traced, graph)
         frozen = frozenset(n for n, _ in [*graph_module.named_parameters(), *graph_module.named_buffers()])
         inputs = text_inputs(opened.model)
-        return Program(graph_module, find(graph_module), inputs, opened.model.config, opened.head, frozen)
+        return Program(
+            graph_module=graph_module,
+            anatomy=find(graph_module),
+            inputs=inputs,
+            config=opened.model.config,
+            head=opened.head,
+            frozen=frozen,
+        )
 
     return fresh
 

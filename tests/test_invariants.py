@@ -126,7 +126,12 @@ def program(tiny):
     graph_module = trace(model)
     frozen = frozenset(n for n, _ in [*graph_module.named_parameters(), *graph_module.named_buffers()])
     return Program(
-        graph_module, find(graph_module), text_inputs(model), model.config, "sequence-classification", frozen
+        graph_module=graph_module,
+        anatomy=find(graph_module),
+        inputs=text_inputs(model),
+        config=model.config,
+        head="sequence-classification",
+        frozen=frozen,
     )
 
 

@@ -23,6 +23,7 @@ CHAINS = (
 )
 CORE = (
     "program",
+    "rewriting",
     "anatomy",
     "ledger",
     "trace",

@@ -30,7 +30,14 @@ def fresh(traced):
         graph._codegen = original.graph._codegen
         module = fx.GraphModule(original, graph)
         frozen = frozenset(n for n, _ in [*module.named_parameters(), *module.named_buffers()])
-        return Program(module, find(module), text_inputs(model), model.config, "sequence-classification", frozen)
+        return Program(
+            graph_module=module,
+            anatomy=find(module),
+            inputs=text_inputs(model),
+            config=model.config,
+            head="sequence-classification",
+            frozen=frozen,
+        )
 
     return make
 
