@@ -14,30 +14,23 @@ import pytest
 
 
 class Trigger(io.StringIO):
-    """A stderr that interrupts this process, `delay` seconds after `marker` is said."""
+    """A stderr that interrupts this process as soon as `marker` is said.
 
-    def __init__(self, marker, delay=0.0, number=signal.SIGINT):
+    Not some time later: within a callback of the interpreter's own, an interrupt is dropped.
+    """
+
+    def __init__(self, marker, number=signal.SIGINT):
         super().__init__()
-        self.marker, self.delay, self.number = marker, delay, number
-        self.timers = []
+        self.marker, self.number, self.done = marker, number, False
 
     def write(self, text):
-        if self.marker in text and not self.timers:
-            self.timers.append(threading.Timer(self.delay, os.kill, (os.getpid(), self.number)))
-            if self.delay:
-                self.timers[0].start()
-            else:
-                signal.raise_signal(self.number)
+        if self.marker in text and not self.done:
+            self.done = True
+            signal.raise_signal(self.number)
         return super().write(text)
 
 
-MOMENTS = [
-    ("reading the base", 0.3),  # said when that step is over: the next one has begun
-    ("tracing", 0.0),
-    ("operating", 0.4),
-    ("converting to ONNX", 0.0),
-    ("writing the build", 0.0),
-]
+STEPS = ("reading the base", "tracing", "operating", "converting to ONNX", "writing the build")
 
 
 @pytest.fixture(autouse=True)
@@ -51,11 +44,11 @@ def interruptible(built):
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize(("marker", "delay"), MOMENTS)
-def test_an_interrupted_compile_leaves_nothing(surgeon, write_spec, unchanged, tmp_path, marker, delay):
+@pytest.mark.parametrize("marker", STEPS)
+def test_an_interrupted_compile_leaves_nothing(surgeon, write_spec, unchanged, tmp_path, marker):
     spec = write_spec("[lora: {rank: 2, where: [ffn.up]}]", "{mood: {labels: [good, bad]}, topic: {labels: 3}}")
     with unchanged(tmp_path):
-        ran = surgeon("compile", spec, "-o", tmp_path / "build", err=Trigger(marker, delay))
+        ran = surgeon("compile", spec, "-o", tmp_path / "build", err=Trigger(marker))
     assert ran.code == 130
     assert "interrupted" in ran.err
     assert "Traceback" not in ran.err
@@ -64,7 +57,7 @@ def test_an_interrupted_compile_leaves_nothing(surgeon, write_spec, unchanged, t
 def test_a_polite_kill_cleans_up_as_an_interrupt_does(surgeon, write_spec, unchanged, tmp_path):
     spec = write_spec()
     with unchanged(tmp_path), pytest.raises(SystemExit) as ended:
-        surgeon("compile", spec, "-o", tmp_path / "build", err=Trigger("writing the build", 0, signal.SIGTERM))
+        surgeon("compile", spec, "-o", tmp_path / "build", err=Trigger("writing the build", signal.SIGTERM))
     assert ended.value.code == 128 + signal.SIGTERM
 
 
