@@ -117,6 +117,10 @@ def run(recipe: Recipe, who: str, seed: int, setting: Setting) -> Result:
     torch.manual_seed(seed)
     if who == OURS:
         model = _compiled(recipe.name).model(f"seed{seed}")
+        with torch.no_grad():  # the classifier starts as the peer's does, as the base has it
+            for name in model.state_dict():
+                if name in model.ledger.deltas and model.ledger.deltas[name].optional:
+                    model.get_parameter(name).copy_(model.ledger.deltas[name].default)
     else:
         assert recipe.peer is not None
         model = recipe.peer(open_model(BASE), setting.steps)
