@@ -24,6 +24,7 @@ CHAINS = (
 CORE = (
     "program",
     "rewriting",
+    "holding",
     "anatomy",
     "ledger",
     "trace",
