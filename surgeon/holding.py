@@ -117,7 +117,7 @@ class Holding(Rewriting):
         """Raise CompositionError where a tensor that training reads or changes is held in another form."""
         if name in self.stored:
             raise CompositionError(
-                f"'{self._author[0]}' needs {name} in training, and '{self.stored[name].technique}' holds it in "
+                f"'{self._author[0]}' needs {name} in training, which '{self.stored[name].technique}' holds in "
                 f"{self.stored[name].form}",
                 try_="leave it out of one of the two",
             )
