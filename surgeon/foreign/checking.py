@@ -88,5 +88,5 @@ def _check_targets(checkpoint: Checkpoint, targets: Targets, base: Base) -> None
 def _biases(targets: Targets, base: Base) -> Iterable[str]:
     for name, _ in base.model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        if leaf == "bias" and (targets.biases == "all" or (targets.biases == "lora_only" and owner in targets.found)):
+        if leaf == "bias" and (targets.biases == "all" or (targets.biases == "own" and owner in targets.found)):
             yield name

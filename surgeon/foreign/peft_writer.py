@@ -13,7 +13,8 @@ from surgeon.anatomy import Projection
 from surgeon.compiler import Compiled
 from surgeon.errors import DeltaError
 from surgeon.foreign.meaning import own_scale, scales_input, steps
-from surgeon.foreign.peft import CLASSIFIERS, HEADS, holds
+from surgeon.foreign.peft import HEADS
+from surgeon.foreign.peft_saved import CLASSIFIERS, holds
 from surgeon.foreign.sites import module_names
 from surgeon.ledger import Delta
 

@@ -38,6 +38,20 @@ class Scaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shared:
+    """VeRA beside the module at `path`: y + behind · ((between · (x·a))·b), of which all modules share `matrices`.
+
+    Those are a [in, r] and b [r, out] of the largest modules. Without them they are what PEFT draws from `key`.
+    """
+
+    path: str
+    between: Tensor
+    behind: Tensor
+    key: int
+    matrices: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Whole:
     """A parameter of the base, `name`, that has another value: of a head, a norm, a bias."""
 
@@ -96,7 +110,7 @@ class Prompt:
     rows: Tensor
 
 
-Piece = Product | Scaling | Whole | Same | Prefix | Prompt | Bottleneck | Classifier
+Piece = Product | Scaling | Shared | Whole | Same | Prefix | Prompt | Bottleneck | Classifier
 
 
 @dataclass(frozen=True, kw_only=True)

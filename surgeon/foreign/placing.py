@@ -15,9 +15,10 @@ from torch import Tensor
 from surgeon.anatomy import Projection, Site
 from surgeon.compiler import Compiled
 from surgeon.errors import DeltaError
-from surgeon.foreign.meaning import own_scale, scales_input, steps
-from surgeon.foreign.pieces import Bottleneck, Piece, Prefix, Product, Prompt, Same, Scaling, Whole
-from surgeon.foreign.sites import check_entry, form, join_at, module_names, projections, stack_of
+from surgeon.foreign import inserted
+from surgeon.foreign.meaning import own_scale, scales_input
+from surgeon.foreign.pieces import Bottleneck, Piece, Prefix, Product, Prompt, Same, Scaling, Shared, Whole
+from surgeon.foreign.sites import module_names, projections
 from surgeon.ledger import Delta
 
 
@@ -42,12 +43,14 @@ class Placing:
                 self._whole(piece)
             case Same():
                 self._same(piece)
+            case Shared():
+                inserted.shared(self, piece)
             case Prefix():
-                self._prefix(piece)
+                inserted.prefix(self, piece)
             case Prompt():
-                self._prompt(piece)
+                inserted.prompt(self, piece)
             case Bottleneck():
-                self._bottleneck(piece)
+                inserted.bottleneck(self, piece)
             case _:
                 raise TypeError(type(piece).__name__)
 
@@ -55,13 +58,14 @@ class Placing:
 
     def delta(self, site: Site, part: str) -> Delta | None:
         """The delta of this part that a pass made for `site`."""
-        found = [d for d in self._deltas(part) if (d.site, d.role, d.stack) == (site.path, site.role, site.stack)]
+        found = [d for d in self.deltas(part) if (d.site, d.role, d.stack) == (site.path, site.role, site.stack)]
         return found[0] if found else None
 
-    def _deltas(self, part: str) -> list[Delta]:
+    def deltas(self, part: str) -> list[Delta]:
+        """All deltas of this part."""
         return [d for d in self.ledger.deltas.values() if d.part == part]
 
-    def _projections(self, path: str) -> Sequence[Projection]:
+    def projections(self, path: str) -> Sequence[Projection]:
         """The roles of the module at `path`, each once."""
         found = projections(self.program.anatomy, self.compiled.base.model, path, self.where)
         return list({site.role: site for site in reversed(found)}.values())[::-1]
@@ -100,7 +104,7 @@ class Placing:
         if piece.table:
             self._table(piece)
             return
-        sites = self._projections(piece.path)
+        sites = self.projections(piece.path)
         width = sum(site.out_features for site in sites)
         if piece.b.shape[1] != width or piece.a.shape[0] != sites[0].in_features:
             raise DeltaError(
@@ -150,7 +154,7 @@ class Placing:
         return norm
 
     def _table(self, piece: Product) -> None:
-        found = [d for d in self._deltas("lora_embedding_A") if d.site == piece.path]
+        found = [d for d in self.deltas("lora_embedding_A") if d.site == piece.path]
         if not found:
             raise self.lacking("the table", piece.path, "lora")
         b = self.ledger.deltas[found[0].name.removesuffix("A") + "B"]
@@ -158,7 +162,7 @@ class Placing:
         self.put(b, times(piece.b, piece.scale / own_scale(self.ledger, b.name, len(piece.b))))
 
     def _scaling(self, piece: Scaling) -> None:
-        for site in self._projections(piece.path):
+        for site in self.projections(piece.path):
             delta = self.delta(site, "ia3_l")
             if delta is None or scales_input(self.compiled, site) != piece.inward:
                 raise self.lacking(f"the {'input' if piece.inward else 'output'}", piece.path, "ia3")
@@ -179,7 +183,7 @@ class Placing:
         if len(owners) > 1:
             what = f"{' and '.join(owners)} are one tensor of the base, and the file has made two of it"
             raise DeltaError(what, where=self.where, try_="train without it in `modules_to_save`")
-        found = [d for d in self._deltas(leaf) if d.site == path]
+        found = [d for d in self.deltas(leaf) if d.site == path]
         whole = [d for d in found if d.shape == tuple(piece.tensor.shape)]
         if whole:
             self.put(whole[0], piece.tensor)
@@ -192,7 +196,7 @@ class Placing:
         """The bias of a fused projection of which only some roles are trained: the others must be the base's."""
         base = self.program.tensor(piece.name) if piece.name in self.program.frozen else None
         roles = {d.role: d for d in found}
-        for site in self._projections(piece.name.rpartition(".")[0]):
+        for site in self.projections(piece.name.rpartition(".")[0]):
             own = piece.tensor[list(site.features or ())]
             if site.role in roles:
                 self.put(roles[site.role], own)
@@ -208,53 +212,6 @@ class Placing:
                 there_is="no such tensor in the base" if own is None else f"a base of shape {list(own.shape)}",
                 try_="it was trained on another base",
             )
-
-    def _prefix(self, piece: Prefix) -> None:
-        stack = stack_of(self.program.anatomy, piece.stack, self.where)
-        for step in steps(self.compiled, "prefix"):
-            if step.shift != piece.shift:
-                says = f"prefix: {{shift: {str(piece.shift).lower()}}}"
-                raise DeltaError("text has other positions behind this prefix", where=self.where, try_=says)
-        for kind, tensors in (("prefix.key", piece.keys), ("prefix.value", piece.values)):
-            cross = "cross_attention" if piece.cross else "attention"
-            found = {d.layer: d for d in self._deltas(kind) if d.stack == stack and d.role == cross}
-            if not found:
-                raise self.lacking(cross, stack, "prefix")
-            if len(tensors) != self.program.anatomy.layers[stack]:
-                raise DeltaError(
-                    f"the prefix has {len(tensors)} layers and the base {self.program.anatomy.layers[stack]}",
-                    where=self.where,
-                    try_="was it trained on another base?",
-                )
-            for layer, tensor in enumerate(tensors):
-                if layer not in found:
-                    raise self.lacking(cross, f"layer {layer}", "prefix")
-                heads, _, width = found[layer].shape
-                if tensor.shape[1] != heads * width:
-                    what = f"the prefix has {tensor.shape[1]} numbers a token and layer, the base {heads} · {width}"
-                    raise DeltaError(what, where=self.where, try_="was it trained on another base?")
-                self.put(found[layer], tensor.reshape(-1, heads, width).transpose(0, 1))
-
-    def _bottleneck(self, piece: Bottleneck) -> None:
-        join = join_at(self.program.anatomy, piece.path, self.where)
-        deltas = [self.delta(join, part) for part in ("down.weight", "down.bias", "up.weight", "up.bias")]
-        own = [s for s in steps(self.compiled, "adapter") if (s.placement, s.activation) == form(piece)]
-        if None in deltas or not own:
-            raise self.lacking(f"a {' '.join(form(piece))} adapter in place", piece.path, "adapter")
-        ratio = piece.scale / own[0].factor
-        check_entry(join, piece, self.where)
-        for delta, weight, scaled in zip(deltas, piece.weights, (False, False, True, True), strict=True):
-            if delta is not None:
-                self.put(delta, weight * ratio if scaled and ratio != 1 else weight)
-
-    def _prompt(self, piece: Prompt) -> None:
-        found = self._deltas("prompt")
-        if not found:
-            raise self.lacking("the text", "the input", "prompt")
-        for step in steps(self.compiled, "prompt"):
-            if step.place != "front":
-                raise DeltaError(f"the build's prompt stands {step.place} the first token", where=self.where)
-        self.put(found[0], piece.rows)
 
 
 def _parameter(model: Any, name: str) -> Any:

@@ -10,16 +10,25 @@ import torch
 from surgeon.anatomy import Anatomy, Projection
 from surgeon.base import Base
 from surgeon.errors import DeltaError
-from surgeon.foreign.pieces import Checkpoint, Classifier, Piece, Same, Whole
+from surgeon.foreign.pieces import Checkpoint, Classifier, Piece, Same, Shared, Whole
+from surgeon.foreign.sites import projections
+from surgeon.passes.vera import drawn, shared_size
 
 TANH = (torch.ops.aten.tanh.default,)
 
 
 def settle(checkpoint: Checkpoint, base: Base, anatomy: Anatomy) -> Checkpoint:
-    """The checkpoint with a classifier as the base's own two layers, and without a language head that is the base's."""
-    return replace(
-        checkpoint, pieces=tuple(q for p in checkpoint.pieces for q in _settled(p, checkpoint, base, anatomy))
-    )
+    """The checkpoint with a classifier as the base's own two layers, and without a language head that is the base's.
+
+    VeRA's shared matrices are drawn where they were not saved: the modules of this base say how large they are.
+    """
+    pieces = [q for p in checkpoint.pieces for q in _settled(p, checkpoint, base, anatomy)]
+    bare = [p for p in pieces if isinstance(p, Shared) and p.matrices is None]
+    if bare:
+        sites = [s for p in bare for s in projections(anatomy, base.model, p.path, checkpoint.where)]
+        matrices = drawn(bare[0].key, len(bare[0].between), *shared_size(sites))
+        pieces = [replace(p, matrices=matrices) if isinstance(p, Shared) else p for p in pieces]
+    return replace(checkpoint, pieces=tuple(pieces))
 
 
 def _settled(piece: Piece, checkpoint: Checkpoint, base: Base, anatomy: Anatomy) -> Iterator[Piece]:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from surgeon.anatomy import Anatomy, Attention, Embedding, Join, Norm, Projection, Selector, Site, select
 from surgeon.base import Base
 from surgeon.errors import DeltaError, SpecError
-from surgeon.foreign.pieces import Bottleneck, Checkpoint, Piece, Prefix, Product, Prompt, Scaling, Whole
+from surgeon.foreign.pieces import Bottleneck, Checkpoint, Piece, Prefix, Product, Prompt, Scaling, Shared, Whole
 from surgeon.foreign.sites import form, join_at, module_names, projections, stack_of
 
 S = TypeVar("S", bound=Site)
@@ -25,7 +25,16 @@ HEAD = ("head.out", "head.dense")
 def union(checkpoints: Mapping[str, Checkpoint], base: Base, anatomy: Anatomy) -> dict[str, Any]:
     """`surgery` and `tasks` of a spec for these checkpoints. Raises SpecError where no graph holds them all."""
     view = _View(checkpoints, base, anatomy)
-    steps = (view.prompt(), view.prefix(), *view.lora(), view.ia3(), view.adapter(), *view.parameters(), view.head())
+    steps = (
+        view.prompt(),
+        view.prefix(),
+        *view.lora(),
+        view.vera(),
+        view.ia3(),
+        view.adapter(),
+        *view.parameters(),
+        view.head(),
+    )
     return {"surgery": [step for step in steps if step], "tasks": {task: view.task(task) for task in checkpoints}}
 
 
@@ -117,6 +126,21 @@ class _View:
         texts = self.where(linear, Projection) + self.where(tables, Embedding)
         narrow = {f"name:{path}": limit for path, limit in limits.items() if limit < rank}
         return {"where": texts, **({"ranks": narrow} if narrow else {})}
+
+    def vera(self) -> dict[str, Any] | None:
+        found = list(self.pieces(Shared))
+        if not found:
+            return None
+        forms = {(len(p.between), p.key): folder for p, folder in found}
+        if len(forms) > 1:
+            raise SpecError(
+                "VeRA's matrices are shared by all tasks of a build, and these folders have others each",
+                there_is=[f"{folder}: rank {rank}, key {key}" for (rank, key), folder in forms.items()],
+                try_="one build for each rank and key",
+            )
+        ((rank, key),) = forms
+        sites = self.where([site for p, folder in found for site in self.sites(p.path, folder)], Projection)
+        return {"vera": {"rank": rank, "projection_key": key, "where": sites}}
 
     def ia3(self) -> dict[str, Any] | None:
         found = [(p.inward, site) for p, folder in self.pieces(Scaling) for site in self.sites(p.path, folder)]

@@ -16,6 +16,8 @@ from surgeon.ledger import Delta
 from surgeon.dataflow import ancestors, descendants
 from surgeon.program import Program
 
+HIDDEN = -1e4
+"""Whatever is below it hides a key from a query."""
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
@@ -33,6 +35,27 @@ def open_columns(program: Program, sites: Sequence[Attention], prefix: Delta) ->
             _open_fused(program, site.core, prefix, extend)
         else:
             _open_spelled_out(program, site, extend)
+
+
+def biased(program: Program, sites: Sequence[Attention]) -> bool:
+    """Whether scores meet a bias beside the mask, such as one by distance. The columns of a prefix have none.
+
+    Told by value, for a text without padding: a mask then adds nothing, or hides.
+    """
+    met = list(dict.fromkeys(term for site in sites for term in _terms(site)))
+    text = {"input_ids": torch.arange(3, 11).unsqueeze(0)}
+    return any(bool(((t != 0) & (t > HIDDEN)).any()) for t in (program.evaluate(met, text) if met else ()))
+
+
+def _terms(site: Attention) -> list[fx.Node]:
+    """What is added to the scores of an attention."""
+    core = site.core
+    if core.target is SDPA:
+        mask = core.args[3] if len(core.args) > 3 else core.kwargs.get("attn_mask")
+        return [mask] if isinstance(mask, fx.Node) and mask.meta["val"].is_floating_point() else []
+    path = {site.scores} | (descendants(site.scores) & ancestors(core))
+    found = [n for node in path for n in node.all_input_nodes if n not in path and _meets_columns(node, site)]
+    return [n for n in found if isinstance(v := n.meta.get("val"), Tensor) and v.dim() > 0 and v.is_floating_point()]
 
 
 def _columns(fill: float) -> Callable[[Tensor, Tensor], Tensor]:

@@ -31,6 +31,17 @@ def scatter(site: Projection, width: int | None = None) -> Callable[[Tensor], Te
     return spread
 
 
+def gather(site: Projection) -> Callable[[Tensor], Tensor]:
+    """Take a role's features `[..., len(features)]` out of as many columns as any projection has, or more."""
+    runs = _runs(list(site.features or range(site.out_features)))
+
+    def taken(t: Tensor) -> Tensor:
+        pieces = [t.narrow(-1, start, length) for start, length in runs]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+
+    return taken
+
+
 def fused_width(site: Projection) -> int:
     """Output features of the whole fused projection."""
     shape = site.weight_node.meta["val"].shape

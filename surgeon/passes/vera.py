@@ -2,9 +2,9 @@
 
     y = x·W + b   becomes   y = x·W + b + Λ_b · ((Λ_d · (drop(x)·A))·B)      A [in, r] and B [r, out] frozen and shared
 
-Λ_d [r] and Λ_b [out] scale element by element; Λ_b starts at zero. A and B are as large as the largest site needs, and
-the others read their first rows of A and columns of B. They are drawn from `projection_key` as PEFT draws them, so its
-checkpoints fit.
+Λ_d [r] and Λ_b [out] scale element by element; Λ_b starts at zero. A and B are as large as the largest projection needs,
+and the others read their first rows of A and columns of B; a role of a fused projection reads the columns of its own
+features. They are drawn from `projection_key` as PEFT draws them, so its checkpoints fit.
 
 Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", ICLR 2024 (arXiv:2310.11454), section 3.
 """
@@ -12,6 +12,7 @@ Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", ICLR 2024 (arXiv
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from surgeon.anatomy import Projection, Where, select, selectors
 from surgeon.ledger import value, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.product import part_of
-from surgeon.passes.slices import scatter
+from surgeon.passes.slices import fused_width, gather, scatter
 from surgeon.program import Program
 
 
@@ -48,11 +49,23 @@ class VeRA(Pass):
     )
 
     def call(self, program: Program) -> PassResult:
-        sites = select(program.anatomy, self.where, Projection)
-        rows, columns = max(s.in_features for s in sites), max(s.out_features for s in sites)
+        sites = self.sites(program)
+        size = shared_size(sites)
         for site in sites:
-            self._adapt(program, site, rows, columns)
+            self._adapt(program, site, *size)
         return PassResult(program, modified=True)
+
+    def sites(self, program: Program) -> tuple[Projection, ...]:
+        """The projections that have vectors."""
+        return select(program.anatomy, self.where, Projection)
+
+    def matrices(self, program: Program) -> tuple[Tensor, Tensor]:
+        """A [rows, r] and B [r, columns] as this pass has put them into the program."""
+        a, b = (program.constants[name] for name in self._names(*shared_size(self.sites(program))))
+        return a, b
+
+    def _names(self, rows: int, columns: int) -> list[str]:
+        return [f"vera_{side}_{self.projection_key}_{rows}x{self.rank}x{columns}" for side in "AB"]
 
     def _adapt(self, program: Program, site: Projection, rows: int, columns: int) -> None:
         part, width = part_of(site), site.out_features
@@ -61,28 +74,35 @@ class VeRA(Pass):
             site, "vera_lambda_d", start.shape, value(start), default=start, qualifier=part
         )
         behind = program.delta(site, "vera_lambda_b", (width,), zeros, qualifier=part)
-        name = f"vera_{{}}_{self.projection_key}_{rows}x{self.rank}x{columns}"
-        a = program.constant(name.format("A"), lambda: self._projections(rows, columns)[0])
-        b = program.constant(name.format("B"), lambda: self._projections(rows, columns)[1])
-        place = scatter(site)
+        first, second = self._names(rows, columns)
+        a = program.constant(first, lambda: drawn(self.projection_key, self.rank, rows, columns)[0])
+        b = program.constant(second, lambda: drawn(self.projection_key, self.rank, rows, columns)[1])
+        place, take = scatter(site), gather(site)
         used = site.in_features
 
         def added(y: Tensor, x: Tensor, a: Tensor, b: Tensor, d: Tensor, out: Tensor) -> Tensor:
             if self.dropout:
                 x = torch.nn.functional.dropout(x, self.dropout)
-            product = (x @ a.narrow(0, 0, used)) * d @ b.narrow(1, 0, width)
+            product = (x @ a.narrow(0, 0, used)) * d @ take(b)
             return y + place(product * out)
 
         program.replace(site.output, added, (between, behind), also=(site.input, a, b))
 
-    def _projections(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """A [rows, r] and B [r, columns] as PEFT draws them: its A and then its B, transposed, U(±√(6 / fan in))."""
-        rng = torch.Generator().manual_seed(self.projection_key)
-        a, b = (
-            torch.empty(shape).uniform_(-bound, bound, generator=rng)
-            for shape, bound in (
-                ((self.rank, rows), math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(rows))),
-                ((columns, self.rank), math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(self.rank))),
-            )
+
+def shared_size(sites: Collection[Projection]) -> tuple[int, int]:
+    """Rows of A and columns of B: the largest input, and the largest output of a whole projection, fused or not."""
+    widths = (s.out_features if s.features is None else fused_width(s) for s in sites)
+    return max(s.in_features for s in sites), max(widths)
+
+
+def drawn(key: int, rank: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """A [rows, r] and B [r, columns] as PEFT draws them: its A and then its B, transposed, U(±√(6 / fan in))."""
+    rng = torch.Generator().manual_seed(key)
+    a, b = (
+        torch.empty(shape).uniform_(-bound, bound, generator=rng)
+        for shape, bound in (
+            ((rank, rows), math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(rows))),
+            ((columns, rank), math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(rank))),
         )
-        return a.T.contiguous(), b.T.contiguous()
+    )
+    return a.T.contiguous(), b.T.contiguous()

@@ -5,17 +5,27 @@ from __future__ import annotations
 import warnings
 
 import pytest
+from safetensors.torch import load_file
 
 import surgeon
-from surgeon.errors import DeltaError
+from surgeon.errors import DeltaError, SpecError
 from surgeon.foreign import import_build, import_tasks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from peft import AdaLoraConfig, IA3Config, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+    from peft import (
+        AdaLoraConfig,
+        IA3Config,
+        LoraConfig,
+        PrefixTuningConfig,
+        PromptEncoderConfig,
+        PromptTuningConfig,
+        VeraConfig,
+    )
 
 CLASSIFIER, CAUSAL, SEQ2SEQ = "sequence-classification", "causal-lm", "seq2seq-lm"
 LORA = {"r": 4, "lora_alpha": 6}
+VERA = {"r": 24, "projection_prng_key": 5}
 BARE = "feature-extraction"
 HEADS = {CLASSIFIER: "SEQ_CLS", CAUSAL: "CAUSAL_LM", SEQ2SEQ: "SEQ_2_SEQ_LM", BARE: "FEATURE_EXTRACTION"}
 EVERY_LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -61,9 +71,16 @@ CASES = {
     "ia3_gpt2": ("gpt2", CAUSAL, IA3Config, {}),
     "ia3_llama": ("llama", CAUSAL, IA3Config, {}),
     "ia3_t5": ("t5", SEQ2SEQ, IA3Config, {}),
+    "vera_bert": ("bert", CLASSIFIER, VeraConfig, {**VERA, "target_modules": ["query", "intermediate.dense"]}),
+    "vera_llama": ("llama", CAUSAL, VeraConfig, {**VERA, "target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    "vera_gpt2_fused": ("gpt2", CAUSAL, VeraConfig, {**VERA, "target_modules": ["c_attn", "mlp.c_proj"]}),
+    "vera_neox_interleaved": ("gpt_neox", CAUSAL, VeraConfig, {**VERA, "target_modules": ["query_key_value"]}),
+    "vera_t5": ("t5", SEQ2SEQ, VeraConfig, {**VERA, "target_modules": ["q", "v", "wi"]}),
+    "vera_biases": ("bert", CLASSIFIER, VeraConfig, {**VERA, "target_modules": ["value"], "bias": "vera_only"}),
     "prefix_llama": ("llama", CAUSAL, PrefixTuningConfig, {"num_virtual_tokens": 5}),
     "prefix_gpt2_mlp": ("gpt2", CAUSAL, PrefixTuningConfig, {"num_virtual_tokens": 5, "prefix_projection": True}),
     "prefix_bert": ("bert", BARE, PrefixTuningConfig, {"num_virtual_tokens": 5}),
+    "prefix_bart": ("bart", SEQ2SEQ, PrefixTuningConfig, {"num_virtual_tokens": 5, "prefix_projection": True}),
     "prompt_gpt2": ("gpt2", CAUSAL, PromptTuningConfig, {"num_virtual_tokens": 5}),
     "prompt_bert": ("bert", CLASSIFIER, PromptTuningConfig, {"num_virtual_tokens": 5}),
     "prompt_t5": ("t5", SEQ2SEQ, PromptTuningConfig, {"num_virtual_tokens": 5}),
@@ -79,11 +96,12 @@ CASES = {
 def made(foundry, tmp_path):
     """One of the cases: base folder, head, and what PEFT wrote."""
 
-    def make(case, name="foreign", seed=3, **changes):
+    def make(case, name="foreign", seed=3, labels=None, **changes):
         kind, head, config, options = CASES[case]
         base = foundry.base(kind, head)
-        own = config(task_type=HEADS[head], **options)
-        return base, head, foundry.peft(base, head, own, tmp_path / name, seed, **changes)
+        own = config(task_type=HEADS[head], **options | changes)
+        numbered = {} if labels is None else {"num_labels": labels}
+        return base, head, foundry.peft(base, head, own, tmp_path / name, seed, **numbered)
 
     return make
 
@@ -105,11 +123,11 @@ def test_many_folders_are_one_build(made, compare, tmp_path):
     folders = {"first": first} | {
         name: made(case, name, seed, **changes)[2]
         for name, case, seed, changes in (
-            ("stable", "rslora", 4, {"num_labels": 3}),
+            ("stable", "rslora", 4, {"labels": 3}),
             ("linear", "lora_all_linear", 5, {}),
-            ("patterns", "lora_patterns", 6, {"num_labels": 5}),
+            ("patterns", "lora_patterns", 6, {"labels": 5}),
             ("scaled", "ia3_bert", 7, {}),
-            ("prompted", "prompt_bert", 8, {"num_labels": 4}),
+            ("prompted", "prompt_bert", 8, {"labels": 4}),
             ("biased", "lora_biases", 9, {}),
         )
     }
@@ -125,7 +143,7 @@ def test_many_folders_are_one_build(made, compare, tmp_path):
 
 def test_a_folder_is_read_into_a_task_of_a_build(made, compare, tmp_path):
     """Of another rank and scale, beside tasks that stay as they are."""
-    base, _, foreign = made("lora_bert", num_labels=3)
+    base, _, foreign = made("lora_bert", labels=3)
     spec = {
         "base": {"model": str(base)},
         "surgery": [{"lora": {"rank": 8, "alpha": 16}}, {"ia3": {}}],
@@ -157,3 +175,41 @@ def test_variants_share_a_graph(made, compare, foundry):
         assert compare.gap(found, wanted) <= 5e-6
     with pytest.raises(DeltaError, match="dora: true"):
         foundry.fill(other, "dora", folders["dora"].path)
+
+
+def test_veras_matrices_that_were_not_saved_are_drawn_again(made, compare, foundry):
+    with pytest.warns(UserWarning, match="not save vera_A"):
+        base, head, foreign = made("vera_llama", save_projection=False)
+    assert not any("vera_A" in name for name in load_file(foreign.path / "adapter_model.safetensors"))
+    compiled = foundry.compile(base, head, a=foreign.path)
+    fed = compare.feed(foreign.model)
+    assert compare.gap(compare.answers(compiled.model("a"), fed), compare.answers(foreign.model, fed)) <= 2e-6
+
+
+def test_veras_matrices_are_compared_where_they_are_read(made, compare, foundry, tmp_path):
+    """Two folders whose matrices agree share a build; others, and matrices drawn from something else, are refused."""
+    base, head, first = made("vera_llama", "first")
+    wider = made("vera_llama", "wider", 4, target_modules=["q_proj", "down_proj"])[2]
+    compiled = foundry.compile(base, head, a=first.path, b=wider.path)
+    for task, foreign in (("a", first), ("b", wider)):
+        fed = compare.feed(foreign.model)
+        assert compare.gap(compare.answers(compiled.model(task), fed), compare.answers(foreign.model, fed)) <= 2e-6
+    other_key = made("vera_llama", "key", projection_prng_key=6)[2]
+    with pytest.raises(SpecError, match="rank 24, key 6"):
+        foundry.compile(base, head, a=first.path, b=other_key.path)
+    smaller = made("vera_llama", "smaller", target_modules=["q_proj"])[2]
+    with pytest.raises(DeltaError, match=r"shared matrices at model\.layers\.0\.self_attn\.q_proj"):
+        foundry.compile(base, head, a=first.path, b=smaller.path)
+    first.tensors(lambda t: t["base_model.vera_B"].mul_(1.01))
+    with pytest.raises(DeltaError, match="shared matrices"):
+        foundry.compile(base, head, a=first.path)
+
+
+def test_an_encoder_decoders_layers_share_prefixes_as_peft_deals_them(foundry, compare, tmp_path):
+    """Three layers read the pairs 0, 2 and 1; on ONNX Runtime too."""
+    base = foundry.base("bart", SEQ2SEQ, encoder_layers=3, decoder_layers=3)
+    config = PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4)
+    foreign = foundry.peft(base, SEQ2SEQ, config, tmp_path / "dealt")
+    import_build({"a": foreign.path}, str(base), tmp_path / "build")
+    fed = compare.feed(foreign.model)
+    assert compare.gap(compare.served(tmp_path / "build", "a", fed), compare.answers(foreign.model, fed)) <= 1e-5

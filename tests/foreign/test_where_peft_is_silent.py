@@ -212,14 +212,29 @@ def test_row_12_the_copy_of_a_tied_table_tells_another_base(foundry, tmp_path):
         foundry.compile(base, CAUSAL, a=foreign.path)
 
 
-def test_a_prefix_of_an_encoder_decoder_is_refused(foundry, tmp_path):
+def test_a_prefix_whose_keys_have_a_bias_by_distance_is_refused(foundry, tmp_path):
+    """PEFT's T5 counts the virtual tokens among the distances, and our columns have no bias."""
     from peft import PrefixTuningConfig
 
     base = foundry.base("t5", "seq2seq-lm")
     config = PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3)
     foreign = foundry.peft(base, "seq2seq-lm", config, tmp_path / "t5")
-    with pytest.raises(DeltaError, match="encoder-decoder"):
+    with pytest.raises(DeltaError, match="bias by distance"):
+        foundry.compile(base, "seq2seq-lm", a=foreign.path)
+
+
+@pytest.mark.parametrize("method", ["OFT", "BOFT", "LOHA", "C3A"])
+def test_a_method_that_no_technique_has_is_refused_with_a_way_out(method, foundry, tmp_path):
+    import peft
+
+    own = {"OFT": {"oft_block_size": 4}, "BOFT": {"boft_block_size": 4}, "C3A": {"block_size": 4}}.get(method, {"r": 4})
+    make = {"C3A": peft.C3AConfig, "LOHA": peft.LoHaConfig, "OFT": peft.OFTConfig, "BOFT": peft.BOFTConfig}[method]
+    config = make(task_type="SEQ_CLS", target_modules=["query"], **own)
+    foreign = foundry.peft(foundry.base("bert", CLASSIFIER), CLASSIFIER, config, tmp_path / "other")
+    with pytest.raises(DeltaError, match=f"'{method}'") as refused:
         read(foreign.path)
+    assert "VERA" in str(refused.value)
+    assert "merge_and_unload" in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""VeRA is PEFT's VeRA, random matrices included, and a slice of a fused projection is adapted alone."""
+"""VeRA is PEFT's VeRA, random matrices included; a role of a fused projection has its own columns of them."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_each_role_of_a_fused_projection_has_vectors_of_its_own(lab):
         for i, block in enumerate(theirs.transformer.h):
             for side, start in (("query", 0), ("value", 64)):
                 d, out = (weights[f"transformer.h.{i}.attn.c_attn.{side}.vera_lambda_{x}"] for x in "db")
-                block.attn.c_attn.weight[:, start : start + 32] += a * d @ b * out
+                block.attn.c_attn.weight[:, start : start + 32] += a * d @ b[:, start : start + 32] * out
     fed = lab.feed(model, 3, 9, pad=2)
     assert lab.gap(model(**fed).logits, theirs(**fed).logits) > 1e-2
     assert lab.gap(ours(**fed).logits, theirs(**fed).logits) <= 2e-6

@@ -1,0 +1,100 @@
+"""Puts what a technique inserts (prefixes, prompts, adapters, VeRA's vectors) into the deltas of a task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from surgeon.errors import DeltaError
+from surgeon.foreign.meaning import steps
+from surgeon.foreign.pieces import Bottleneck, Prefix, Prompt, Shared
+from surgeon.foreign.sites import check_entry, form, join_at, stack_of
+from surgeon.passes.columns import biased
+from surgeon.passes.slices import gather
+
+if TYPE_CHECKING:
+    from surgeon.foreign.placing import Placing
+
+
+def shared(task: Placing, piece: Shared) -> None:
+    """VeRA's vectors. Raises DeltaError where the build's matrices are not the folder's, as far as they are read."""
+    assert piece.matrices is not None  # since it was settled
+    for site in task.projections(piece.path):
+        between, behind = task.delta(site, "vera_lambda_d"), task.delta(site, "vera_lambda_b")
+        if between is None or behind is None:
+            raise task.lacking(site.role, piece.path, "vera")
+        step = next(s for s in steps(task.compiled, "vera") if site in s.sites(task.program))
+        take, own = gather(site), step.matrices(task.program)
+        wanted, found = ((a[: site.in_features], take(b)) for a, b in (piece.matrices, own))
+        if not all(x.shape == y.shape and x.to(y.dtype).equal(y) for x, y in zip(wanted, found, strict=True)):
+            raise DeltaError(
+                f"VeRA's shared matrices at {piece.path} are not those of the build",
+                where=task.where,
+                there_is=f"A of {list(own[0].shape)} from key {step.projection_key} in the build, "
+                f"of {list(piece.matrices[0].shape)} and key {piece.key} in the folder",
+                try_="the folder's rank, key and targets in `vera`: they decide what is drawn; matrices that were not "
+                "drawn from their key have no place in a build",
+            )
+        task.put(between, piece.between)
+        task.put(behind, piece.behind if site.features is None else take(piece.behind))
+
+
+def prefix(task: Placing, piece: Prefix) -> None:
+    """Keys and values in front of those of every layer of a stack."""
+    stack = stack_of(task.program.anatomy, piece.stack, task.where)
+    for step in steps(task.compiled, "prefix"):
+        if step.shift != piece.shift:
+            says = f"prefix: {{shift: {str(piece.shift).lower()}}}"
+            raise DeltaError("text has other positions behind this prefix", where=task.where, try_=says)
+    if biased(
+        task.program, [s for s in task.program.anatomy.attentions if s.stack == stack and s.cross == piece.cross]
+    ):
+        raise DeltaError(
+            f"the base adds a bias by distance to the scores of {stack}'s attention",
+            where=task.where,
+            there_is="a prefix whose keys have such a bias too where it was trained, and none here",
+            try_="train it again with `prefix`",
+        )
+    for kind, tensors in (("prefix.key", piece.keys), ("prefix.value", piece.values)):
+        cross = "cross_attention" if piece.cross else "attention"
+        found = {d.layer: d for d in task.deltas(kind) if d.stack == stack and d.role == cross}
+        if not found:
+            raise task.lacking(cross, stack, "prefix")
+        if len(tensors) != task.program.anatomy.layers[stack]:
+            raise DeltaError(
+                f"the prefix has {len(tensors)} layers and the base {task.program.anatomy.layers[stack]}",
+                where=task.where,
+                try_="was it trained on another base?",
+            )
+        for layer, tensor in enumerate(tensors):
+            if layer not in found:
+                raise task.lacking(cross, f"layer {layer}", "prefix")
+            heads, _, width = found[layer].shape
+            if tensor.shape[1] != heads * width:
+                what = f"the prefix has {tensor.shape[1]} numbers a token and layer, the base {heads} · {width}"
+                raise DeltaError(what, where=task.where, try_="was it trained on another base?")
+            task.put(found[layer], tensor.reshape(-1, heads, width).transpose(0, 1))
+
+
+def bottleneck(task: Placing, piece: Bottleneck) -> None:
+    """An adapter at the join that its path means."""
+    join = join_at(task.program.anatomy, piece.path, task.where)
+    deltas = [task.delta(join, part) for part in ("down.weight", "down.bias", "up.weight", "up.bias")]
+    own = [s for s in steps(task.compiled, "adapter") if (s.placement, s.activation) == form(piece)]
+    if None in deltas or not own:
+        raise task.lacking(f"a {' '.join(form(piece))} adapter in place", piece.path, "adapter")
+    ratio = piece.scale / own[0].factor
+    check_entry(join, piece, task.where)
+    for delta, weight, scaled in zip(deltas, piece.weights, (False, False, True, True), strict=True):
+        if delta is not None:
+            task.put(delta, weight * ratio if scaled and ratio != 1 else weight)
+
+
+def prompt(task: Placing, piece: Prompt) -> None:
+    """Rows in front of the text."""
+    found = task.deltas("prompt")
+    if not found:
+        raise task.lacking("the text", "the input", "prompt")
+    for step in steps(task.compiled, "prompt"):
+        if step.place != "front":
+            raise DeltaError(f"the build's prompt stands {step.place} the first token", where=task.where)
+    task.put(found[0], piece.rows)
