@@ -58,7 +58,7 @@ def _in_package(source: str) -> Path:
 
 def _from_hub(base: BaseSpec, source: str, *, weights: bool) -> Path:
     """The snapshot of a hub id: from the local cache where it is complete there, else downloaded."""
-    wanted = ["*.json", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
+    wanted = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
     if base.trust_remote_code:
         wanted.append("*.py")
     offline = constants.is_offline_mode()

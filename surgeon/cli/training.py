@@ -25,22 +25,30 @@ def train(
     hold_out: Annotated[
         float | None, typer.Option("--hold-out", help="Validate with this share of the rows instead, as 0.1.")
     ] = None,
-    text_column: Annotated[str, typer.Option("--text-column", help="Column of the text.")] = "text",
-    label_column: Annotated[str, typer.Option("--label-column", help="Column of the label.")] = "label",
+    text_column: Annotated[str | None, typer.Option("--text-column", help="Column of the text. [text]")] = None,
+    label_column: Annotated[str | None, typer.Option("--label-column", help="Column of the label. [label]")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option("--column", help="Another name of any column, as `prompt=question`.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the rows. [3]")] = None,
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", "--lr", help="Highest learning rate. [0.001]")
     ] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Rows at a time. [32]")] = None,
     max_length: Annotated[
-        int | None, typer.Option("--max-length", help="Tokens of a text that are kept. [128]")
+        int | None,
+        typer.Option("--max-length", help="Tokens of a row that are kept. [128, 384 of a question, 1024 of a prompt]"),
     ] = None,
     weight_decay: Annotated[float | None, typer.Option("--weight-decay", help="Decoupled weight decay. [0]")] = None,
     warmup: Annotated[float | None, typer.Option("--warmup", help="Share of the steps to warm up in. [0.06]")] = None,
     schedule: Annotated[str | None, typer.Option("--schedule", help="linear, cosine or constant. [linear]")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the order of rows and of dropout. [0]")] = None,
     patience: Annotated[
-        int | None, typer.Option("--patience", help="Stop after so many epochs without a better accuracy.")
+        int | None, typer.Option("--patience", help="Stop after so many epochs without a better one.")
+    ] = None,
+    best_by: Annotated[
+        str | None,
+        typer.Option("--best-by", help="What tells the best epoch: accuracy or loss. [loss for texts, else accuracy]"),
     ] = None,
     grad_clip: Annotated[float | None, typer.Option("--grad-clip", help="Largest norm of the gradient. [1]")] = None,
     gradient_accumulation: Annotated[
@@ -55,7 +63,10 @@ def train(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Train a task of a build on rows of text and label, and pack the best epoch's weights into the build.
+    """Train a task of a build on the rows of a file, and pack the best epoch's weights into the build.
+
+    The base's head says what a row is: `text` and `label`; `tokens` and `labels`; `question`, `context` and `answer`;
+    `prompt` and `completion`, or `messages`, for models that write text, of which only the answers are learned.
 
     The base stays frozen and the other tasks as they are. A run that was stopped goes on when the same command is run
     again; one that finished is trained further.
@@ -64,6 +75,7 @@ def train(
     """
     from surgeon.errors import SpecError
     from surgeon.train.builds import read_options, train_build
+    from surgeon.train.processes import processes
 
     if validation is not None and hold_out is not None:
         raise SpecError("--validation and --hold-out exclude each other", where="surgeon train")
@@ -79,6 +91,7 @@ def train(
         "schedule": schedule,
         "seed": seed,
         "patience": patience,
+        "best_by": best_by,
         "grad_clip": grad_clip,
         "gradient_accumulation": gradient_accumulation,
         "checkpoint_steps": checkpoint_steps,
@@ -91,23 +104,38 @@ def train(
             task,
             data,
             validation=validation or hold_out,
-            columns=(text_column, label_column),
+            columns=_columns(column or [], text=text_column, label=label_column),
             fresh=fresh,
             options=options,
             progress=_bar(report) if report else None,
             report=report,
         )
+    if not processes().leads:
+        return
     if json:
         emit({"build": str(build), "task": task, **asdict(result)})
         return
     if result.resumed_from:
         note(f"went on from step {result.resumed_from}")
+    if result.cut:
+        note(f"rows cut to what is kept of them (--max-length): {result.cut}")
     table(
-        ("#epoch", "#loss", "#validation loss", "#accuracy"),
-        [(e.epoch, e.loss, e.validation_loss, e.accuracy) for e in result.history],
+        ("#epoch", "#loss", "#validation loss", "#accuracy", "#exact match"),
+        [(e.epoch, e.loss, e.validation_loss, e.accuracy, e.exact_match) for e in result.history],
     )
     accuracy = "" if result.best_accuracy is None else f", accuracy {result.best_accuracy:.3f}"
-    say(f"\npacked '{task}' into {build}: epoch {result.best_epoch}{accuracy}")
+    loss = "" if result.best_loss is None else f", validation loss {result.best_loss:.3f}"
+    say(f"\npacked '{task}' into {build}: epoch {result.best_epoch}{accuracy}{loss}")
+
+
+def _columns(given: list[str], **others: str | None) -> dict[str, str]:
+    """Other names of columns. Raises SpecError for what is not of the form `name=column`."""
+    from surgeon.errors import SpecError
+
+    pairs = [pair.partition("=") for pair in given]
+    if wrong := [pair[0] for pair in pairs if not all(pair)]:
+        raise SpecError(f"--column: '{wrong[0]}' is not of the form `prompt=question`", where="surgeon train")
+    return {name: column for name, column in others.items() if column} | {name: column for name, _, column in pairs}
 
 
 def _bar(shown: Steps) -> Callable[[Progress], None]:

@@ -1,6 +1,6 @@
-"""Training of one task: rows of text and label in, trained deltas in the task's model out.
+"""Training of one task: rows of the kind that its head learns from in, trained deltas in the task's model out.
 
-    rows = read_rows("reviews.csv", labels_of(model))
+    rows = kind_of(model).read("reviews.csv", {})
     result = train_task(model, load_tokenizer("build"), rows, None, TrainOptions(epochs=3))
 
 For anything else, `Compiled.model(task)` is an `nn.Module` that `transformers.Trainer` takes as it is.
@@ -9,6 +9,7 @@ For anything else, `Compiled.model(task)` is an `nn.Module` that `transformers.T
 from surgeon.train.batches import load_tokenizer
 from surgeon.train.checkpoint import clear_checkpoints
 from surgeon.train.evaluation import Evaluation, evaluate
+from surgeon.train.kinds import Chat, Completion, Question, Words, kind_of
 from surgeon.train.loop import ProgressCallback, train_task
 from surgeon.train.mixtures import Mixture, build_mixtures, mixtures, prune
 from surgeon.train.options import TrainOptions
@@ -16,20 +17,25 @@ from surgeon.train.rows import Row, hold_out, labels_of, read_rows
 from surgeon.train.run import DivergedError, Epoch, Progress, StepCallback, TrainResult
 
 __all__ = [
+    "Chat",
+    "Completion",
     "DivergedError",
     "Epoch",
     "Evaluation",
     "Mixture",
     "Progress",
     "ProgressCallback",
+    "Question",
     "Row",
     "StepCallback",
     "TrainOptions",
     "TrainResult",
+    "Words",
     "build_mixtures",
     "clear_checkpoints",
     "evaluate",
     "hold_out",
+    "kind_of",
     "labels_of",
     "load_tokenizer",
     "mixtures",

@@ -1,17 +1,15 @@
-"""From rows to tensors: tokenize once, put rows of like length together, pad each batch to its longest."""
+"""From rows to batches: tokenize once, and put rows of like length together."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from surgeon.errors import DataError
-from surgeon.train.rows import Row
+from surgeon.train.kinds import Example, kind_of, room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,18 +17,17 @@ if TYPE_CHECKING:
     from surgeon.model import TaskModel
 
 POOL = 16
+NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
-class Example(NamedTuple):
-    """A tokenized row."""
+def load_tokenizer(
+    path: str | Path, max_length: int | None = None, beside: Path | None = None
+) -> PreTrainedTokenizerBase:
+    """Open the `tokenizer.json` of a build or a base's folder; `max_length` is the most the base can take.
 
-    input_ids: list[int]
-    token_type_ids: list[int] | None
-    label: int
-
-
-def load_tokenizer(path: str | Path, max_length: int | None = None) -> PreTrainedTokenizerBase:
-    """Open the `tokenizer.json` of a build or a base's folder; `max_length` is the most the base can take."""
+    Which tokens begin, end and fill a text, and the chat template, stand in files beside a base's tokenizer: `beside`
+    is that folder where it is another.
+    """
     from transformers import PreTrainedTokenizerFast
 
     path = Path(path)
@@ -38,24 +35,31 @@ def load_tokenizer(path: str | Path, max_length: int | None = None) -> PreTraine
     if not file.is_file():
         raise DataError("there is no tokenizer.json", where=str(path), try_="train with your own tokenizer in Python")
     limit = {} if max_length is None else {"model_max_length": max_length}
+    said = _said(beside or file.parent)
     try:
-        return PreTrainedTokenizerFast(tokenizer_file=str(file), **limit)  # type: ignore[no-untyped-call]
+        return PreTrainedTokenizerFast(tokenizer_file=str(file), **limit, **said)  # type: ignore[no-untyped-call]
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise DataError(f"the tokenizer cannot be read: {error}", where=str(file)) from error
 
 
-def encode(model: TaskModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int) -> list[Example]:
+def _said(folder: Path) -> dict[str, Any]:
+    """What `tokenizer_config.json` and `chat_template.jinja` say of special tokens and conversations."""
+    path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        said = {name: found[name] for name in NAMED if found.get(name)}
+        named = {name: token["content"] if isinstance(token, dict) else token for name, token in said.items()}
+        chat = template.read_text(encoding="utf-8") if template.is_file() else found.get("chat_template")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"cannot be read: {error}", where=str(path)) from error
+    if isinstance(chat, list):  # several by name
+        chat = {entry["name"]: entry["template"] for entry in chat}.get("default")
+    return named | ({"chat_template": chat} if chat else {})
+
+
+def encode(model: TaskModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], max_length: int) -> list[Example]:
     """Tokenize rows for the inputs that the model takes, cut to `max_length` or to what the tokenizer says it can."""
-    typed = any(i.name == "token_type_ids" for i in model.inputs)
-    encoded = tokenizer(
-        [row.text for row in rows],
-        truncation=True,
-        max_length=min(max_length, tokenizer.model_max_length - model.occupied()),
-        return_attention_mask=False,
-        return_token_type_ids=typed,
-    )
-    types = encoded["token_type_ids"] if typed else [None] * len(rows)
-    return [Example(*fields) for fields in zip(encoded["input_ids"], types, (r.label for r in rows), strict=True)]
+    return kind_of(model).encode(tokenizer, rows, room(model, tokenizer, max_length))
 
 
 def epoch_order(examples: Sequence[Example], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -72,31 +76,6 @@ def epoch_order(examples: Sequence[Example], batch_size: int, seed: int, epoch: 
         batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
     draw.shuffle(batches)
     return batches
-
-
-def pad_id(model: TaskModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills a row up. Raises DataError where neither tokenizer nor base names one."""
-    for owner in (tokenizer, model.config):
-        found = getattr(owner, "pad_token_id", None)
-        if found is not None:
-            return int(found)
-    raise DataError(
-        "neither the tokenizer nor the base names a padding token",
-        try_="set `tokenizer.pad_token` and the base's `config.pad_token_id`",
-    )
-
-
-def collate(examples: Sequence[Example], pad: int, device: torch.device) -> dict[str, Tensor]:
-    """Tensors of a batch, padded on the right to its longest row, with the mask and the labels."""
-    length = max(len(e.input_ids) for e in examples)
-    batch = {
-        "input_ids": [e.input_ids + [pad] * (length - len(e.input_ids)) for e in examples],
-        "attention_mask": [[1] * len(e.input_ids) + [0] * (length - len(e.input_ids)) for e in examples],
-    }
-    if all(e.token_type_ids is not None for e in examples):
-        batch["token_type_ids"] = [(e.token_type_ids or []) + [0] * (length - len(e.input_ids)) for e in examples]
-    tensors = {name: torch.tensor(values, device=device) for name, values in batch.items()}
-    return tensors | {"labels": torch.tensor([e.label for e in examples], device=device)}
 
 
 def by_length(examples: Sequence[Example], batch_size: int) -> Iterator[list[Example]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from surgeon.model import TaskModel
 from surgeon.runtime.manifest import read_manifest
 from surgeon.train.batches import load_tokenizer
 from surgeon.train.checkpoint import clear_checkpoints, newest_checkpoint
+from surgeon.train.kinds import Kind, kind, kind_of, takes_labels
 from surgeon.train.loop import ProgressCallback, train_task
 from surgeon.train.options import TrainOptions
-from surgeon.train.rows import Labels, Row, hold_out, known_labels, labels_of, read_rows
+from surgeon.train.processes import processes
+from surgeon.train.rows import hold_out, known_labels
 from surgeon.train.run import TrainResult
 
 CHECKPOINTS = ".training"
@@ -31,7 +34,7 @@ def train_build(
     data: str | Path,
     *,
     validation: str | Path | float | None = None,
-    columns: tuple[str, str] = ("text", "label"),
+    columns: Mapping[str, str] = MappingProxyType({}),
     fresh: bool = False,
     options: TrainOptions | None = None,
     progress: ProgressCallback | None = None,
@@ -39,33 +42,51 @@ def train_build(
 ) -> TrainResult:
     """Train `task` on the rows of a file, from the weights packed last, and pack what came out.
 
-    `validation` is a file or a share of the rows. A run that was stopped goes on when called again with the same data
-    and options; `fresh` forgets it, and the packed weights too, but for frozen ones. The build changes only at the end,
-    at once.
+    `validation` is a file or a share of the rows; `columns` gives other names for those of the file. A run that was
+    stopped goes on when called again with the same data and options; `fresh` forgets it, and the packed weights too,
+    but for frozen ones. The build changes only at the end, at once.
+
+    Where `accelerate launch` or `torchrun` has started several processes, all of them call this: each takes a share of
+    every batch, and the first writes.
     """
-    build, say = Path(build), report or (lambda _: None)
+    team = processes()
+    build, say = Path(build), (report if team.leads else None) or (lambda _: None)
     folder = build / CHECKPOINTS / task
     sources = (data, validation, columns)
-    labels = _labels(build, task)
-    early = None if labels is None else _rows(labels, *sources)  # a mistake in the data shows before the base is read
+    known = _kind(build, task)
+    early = None if known is None else _rows(known, *sources)  # a mistake in the data shows before the base is read
     compiled = load(build, progress=say)
     model = compiled.model(task)
-    rows, held = early or _rows(labels_of(model), *sources)
-    if fresh or _packed_already(folder, model):
+    if team.device is not None:
+        model.to(team.device)
+    rows, held = early or _rows(kind_of(model), *sources)
+    if team.leads and (fresh or _packed_already(folder, model)):
         clear_checkpoints(folder)
+    team.wait()
     if fresh:
         sizes = {"labels": model.config.num_labels}
         frozen = {name: t for name, t in model.state_dict().items() if not model.get_parameter(name).requires_grad}
         model.load_state_dict(initial(model.ledger, f"{compiled.spec.seed}/{task}", sizes, model.names) | frozen)
-    tokenizer = load_tokenizer(build, compiled.base.max_length)
+    base = compiled.base.tokenizer_path
+    tokenizer = load_tokenizer(build, compiled.base.max_length, base and base.parent)
     say("training")
-    settings = options or TrainOptions()
-    result = train_task(model, tokenizer, rows, held, settings, checkpoint_dir=folder, progress=progress)
-    say(f"packing {task}")
-    compiled.pack(build, task)
-    clear_checkpoints(folder)
-    if folder.parent.is_dir() and not any(folder.parent.iterdir()):
-        shutil.rmtree(folder.parent)
+    result = train_task(
+        model,
+        tokenizer,
+        rows,
+        held,
+        options or TrainOptions(),
+        checkpoint_dir=folder,
+        progress=progress if team.leads else None,
+        processes=team,
+    )
+    if team.leads:
+        say(f"packing {task}")
+        compiled.pack(build, task)
+        clear_checkpoints(folder)
+        if folder.parent.is_dir() and not any(folder.parent.iterdir()):
+            shutil.rmtree(folder.parent)
+    team.wait()
     return result
 
 
@@ -77,23 +98,28 @@ def _packed_already(folder: Path, model: TaskModel) -> bool:
     return bool(best) and best.keys() == own.keys() and all(torch.equal(best[n], t.cpu()) for n, t in own.items())
 
 
-def _labels(build: Path, task: str) -> Labels | None:
-    """The labels of a task of a build, None where it keeps the base's. Raises SpecError where there is no such task."""
-    tasks = read_manifest(build).tasks
-    if task not in tasks:
-        raise SpecError(f"there is no task '{task}'", there_is=tasks, try_=did_you_mean(task, tasks))
-    names = tasks[task].labels
-    return None if names is None else known_labels(names)
+def _kind(build: Path, task: str) -> Kind[Any] | None:
+    """What a task of a build learns from; None where its base has to be asked for the labels that the task keeps.
+
+    Raises SpecError where there is no such task, or none that rows train.
+    """
+    manifest = read_manifest(build)
+    if task not in manifest.tasks:
+        raise SpecError(f"there is no task '{task}'", there_is=manifest.tasks, try_=did_you_mean(task, manifest.tasks))
+    head, names = manifest.base.head, manifest.tasks[task].labels
+    if not takes_labels(head):
+        return kind(head, 0)
+    return None if names is None else kind(head, known_labels(names))
 
 
 def _rows(
-    labels: Labels, data: str | Path, validation: str | Path | float | None, columns: tuple[str, str]
-) -> tuple[list[Row], list[Row] | None]:
+    of: Kind[Any], data: str | Path, validation: str | Path | float | None, columns: Mapping[str, str]
+) -> tuple[list[Any], list[Any] | None]:
     """Rows to train on, and those to validate with."""
-    rows = read_rows(data, labels, *columns)
+    rows = of.read(data, columns)
     if isinstance(validation, float):
         return hold_out(rows, validation)
-    return rows, None if validation is None else read_rows(validation, labels, *columns)
+    return rows, None if validation is None else of.read(validation, columns)
 
 
 def read_options(given: Mapping[str, Any]) -> TrainOptions:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgeon.errors import DataError, SpecError
-from surgeon.train.batches import Example, by_length, collate, encode, pad_id
-from surgeon.train.rows import Row
+from surgeon.errors import DataError
+from surgeon.train.batches import by_length, encode
+from surgeon.train.kinds import Example, Kind, kind_of, learned
+from surgeon.train.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,50 +22,68 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a model does on rows."""
+    """How a model does on rows.
+
+    `accuracy` is the share of labels that are right: of classes, of words, of tokens foretold from those before.
+    `exact_match` is the share of rows of which all are, which for a text is what greedy decoding would write.
+    """
 
     accuracy: float
     loss: float
+    exact_match: float
+
+    @property
+    def perplexity(self) -> float:
+        """Among how many tokens the model is undecided: exp of the loss."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 def evaluate(
     model: TaskModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[Any],
     *,
-    max_length: int = 128,
+    max_length: int | None = None,
     batch_size: int = 64,
 ) -> Evaluation:
-    """Accuracy and mean loss of the model on rows, without dropout."""
-    check_rows(model, rows)
-    return evaluate_examples(model, encode(model, tokenizer, rows, max_length), pad_id(model, tokenizer), batch_size)
+    """Accuracy, exact match and mean loss of the model on rows, without dropout."""
+    kind = kind_of(model)
+    check_rows(kind, rows)
+    examples = encode(model, tokenizer, rows, max_length or kind.max_length)
+    return evaluate_examples(model, kind, examples, kind.padding(model, tokenizer), batch_size)
 
 
-def evaluate_examples(model: TaskModel, examples: list[Example], pad: int, batch_size: int) -> Evaluation:
+def evaluate_examples(
+    model: TaskModel,
+    kind: Kind[Any],
+    examples: list[Example],
+    pad: int,
+    batch_size: int,
+    *,
+    processes: Processes = ALONE,
+) -> Evaluation:
     """The same for rows that are tokenized already; the model stays in the mode it was in."""
     training, device = model.training, next(model.parameters()).device
     model.eval()
-    right, loss = 0, 0.0
+    right = labels = exact = 0
+    loss = 0.0
     with torch.no_grad():
-        for part in by_length(examples, batch_size):
-            batch = collate(part, pad, device)
+        for part in by_length(processes.own(examples), batch_size):
+            batch = kind.batch(part, pad, device)
             output = model(**batch)
-            right += int((output.logits.argmax(-1) == batch["labels"]).sum())
-            loss += float(output.loss) * len(part)
+            hit, counted = kind.judged(output, batch)
+            right += int((hit & counted).sum())
+            exact += int((hit | ~counted).all(-1).sum())
+            weight = sum(learned(example) for example in part)
+            loss += float(output.loss) * weight
+            labels += int(weight)
     model.train(training)
-    return Evaluation(right / len(examples), loss / len(examples))
+    right, exact, labels, loss = processes.add(torch.tensor([right, exact, labels, loss], dtype=torch.float64)).tolist()
+    return Evaluation(right / labels, loss / labels, exact / len(examples))
 
 
-def check_rows(model: TaskModel, rows: Sequence[Row]) -> None:
-    """Raise SpecError where the task is no classifier, DataError where a label is none of its own."""
-    count = model.config.num_labels
-    if model.head_name != "sequence-classification" or count < 2:
-        what = f"head '{model.head_name}'" if model.head_name != "sequence-classification" else "a head of one number"
-        raise SpecError(
-            f"rows of text and label train a classifier, and this task has {what}",
-            try_="train Compiled.model(task) with transformers.Trainer",
-        )
+def check_rows(kind: Kind[Any], rows: Sequence[Any]) -> None:
+    """Raise DataError where there are no rows, or one does not fit the task."""
     if not rows:
         raise DataError("there are no rows")
-    if wrong := [row.label for row in rows if not 0 <= row.label < count]:
-        raise DataError(f"label {wrong[0]} is no number from 0 to {count - 1}")
+    kind.check(rows)

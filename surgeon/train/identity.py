@@ -12,7 +12,7 @@ import torch
 
 from surgeon.errors import DataError
 from surgeon.train.options import TrainOptions
-from surgeon.train.rows import Row
+from surgeon.train.processes import Processes
 
 if TYPE_CHECKING:
     from surgeon.model import TaskModel
@@ -21,11 +21,16 @@ INDIFFERENT = {"threads", "checkpoint_steps"}
 
 
 def identify(
-    model: TaskModel, train_rows: Sequence[Row], validation_rows: Sequence[Row] | None, options: TrainOptions
+    model: TaskModel,
+    train_rows: Sequence[Any],
+    validation_rows: Sequence[Any] | None,
+    options: TrainOptions,
+    processes: Processes,
 ) -> dict[str, Any]:
     """The options that change the outcome, and hashes of the rows and of the model before its first step."""
     return {
         **options.model_dump(mode="json", exclude=INDIFFERENT),
+        "processes": processes.count,
         "training rows": _hash_rows(train_rows),
         "validation rows": _hash_rows(validation_rows or ()),
         "base and first weights": _hash_tensors(model),
@@ -50,8 +55,10 @@ def _difference(key: str, found: dict[str, Any], wanted: dict[str, Any]) -> str:
     return f"{key} ({found.get(key)} there, {wanted.get(key)} here)"
 
 
-def _hash_rows(rows: Sequence[Row]) -> str:
-    return hashlib.sha256(json.dumps([list(row) for row in rows]).encode()).hexdigest()
+def _hash_rows(rows: Sequence[Any]) -> str:
+    """Of their content, not of where they were read."""
+    content = [{name: value for name, value in row._asdict().items() if name != "where"} for row in rows]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _hash_tensors(model: TaskModel) -> str:

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from surgeon.errors import SpecError
-from surgeon.train.batches import encode, pad_id
+from surgeon.train.batches import encode
 from surgeon.train.checkpoint import clear_checkpoints, newest_checkpoint, write_checkpoint
 from surgeon.train.evaluation import check_rows
 from surgeon.train.identity import identify
+from surgeon.train.kinds import kind_of
 from surgeon.train.options import TrainOptions
-from surgeon.train.rows import Row
-from surgeon.train.run import DivergedError, Progress, Run, StepCallback, TrainResult, copy_weights, cuda_devices
+from surgeon.train.processes import ALONE, Processes
+from surgeon.train.run import Data, DivergedError, Progress, Run, StepCallback, TrainResult, copy_weights, cuda_devices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,41 +30,55 @@ ProgressCallback = Callable[[Progress], None]
 def train_task(
     model: TaskModel,
     tokenizer: PreTrainedTokenizerBase,
-    train_rows: Sequence[Row],
-    validation_rows: Sequence[Row] | None,
+    train_rows: Sequence[Any],
+    validation_rows: Sequence[Any] | None,
     options: TrainOptions,
     *,
     checkpoint_dir: Path | None = None,
     progress: ProgressCallback | None = None,
     callbacks: Sequence[StepCallback] = (),
+    processes: Processes = ALONE,
 ) -> TrainResult:
     """Train the deltas of `model` in place; go on from the newest checkpoint in `checkpoint_dir` if there is one.
+
+    The rows are of the kind that the task's head learns from: `Row`, `Words`, `Question`, `Completion` or `Chat`.
 
     `callbacks` get `(model, step, steps)` after each step, while its gradients are there. A run that does not finish
     leaves the model as it was, and its last checkpoint; one that does leaves a checkpoint that says so, which
     `clear_checkpoints` removes. Raises DivergedError where a loss is not finite: then no checkpoint is left.
     """
-    check_rows(model, [*train_rows, *(validation_rows or ())])
+    kind = kind_of(model)
+    check_rows(kind, train_rows)
+    kind.check(validation_rows or ())
     if options.patience is not None and not validation_rows:
-        raise SpecError("`patience` waits for a better accuracy, and there are no rows to validate with")
+        raise SpecError("`patience` waits for a better epoch, and there are no rows to validate with")
+    length = options.max_length or kind.max_length
+    options = options.model_copy(update={"max_length": length})
     with _threads(options.threads), torch.random.fork_rng(cuda_devices(model)):
-        torch.manual_seed(options.seed)
-        run = Run(model, options, len(train_rows), identify(model, train_rows, validation_rows, options))
+        torch.manual_seed(options.seed + processes.rank)
+        data = Data(
+            kind,
+            encode(model, tokenizer, train_rows, length),
+            encode(model, tokenizer, validation_rows, length) if validation_rows else [],
+            kind.padding(model, tokenizer),
+        )
+        identity = identify(model, train_rows, validation_rows, options, processes)
+        processes.agree(identity)
+        run = Run(model, options, data, identity, processes)
         found = newest_checkpoint(checkpoint_dir) if checkpoint_dir is not None else None
-        pad = pad_id(model, tokenizer)
-        examples = encode(model, tokenizer, train_rows, options.max_length)
-        held = encode(model, tokenizer, validation_rows, options.max_length) if validation_rows else []
         with _unchanged_on_failure(model):
             if found is not None:
                 run.restore(found, checkpoint_dir)
             try:
-                for now in run.steps(examples, held, pad, callbacks):
+                for now in run.steps(callbacks):
                     if checkpoint_dir is not None and run.checkpoint_due():
-                        write_checkpoint(checkpoint_dir, run.checkpoint())
+                        checkpoint = run.checkpoint()
+                        if processes.leads:
+                            write_checkpoint(checkpoint_dir, checkpoint)
                     if progress is not None:
                         progress(now)
             except DivergedError:
-                if checkpoint_dir is not None:
+                if checkpoint_dir is not None and processes.leads:
                     clear_checkpoints(checkpoint_dir)
                 raise
             return run.finish(found)

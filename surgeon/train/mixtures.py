@@ -18,7 +18,8 @@ from surgeon.compiler import load
 from surgeon.errors import DeltaError, SpecError, did_you_mean
 from surgeon.probes import Probe
 from surgeon.runtime.manifest import read_manifest
-from surgeon.train.batches import by_length, collate, encode, load_tokenizer, pad_id
+from surgeon.train.batches import by_length, load_tokenizer
+from surgeon.train.kinds import Classes, room
 from surgeon.train.rows import Row, read_texts
 
 if TYPE_CHECKING:
@@ -51,14 +52,15 @@ def mixtures(
 
     Raises DeltaError for a task that fuses nothing.
     """
-    examples = encode(model, tokenizer, [Row(text, 0) for text in texts], max_length)
-    pad, device = pad_id(model, tokenizer), next(model.parameters()).device
+    kind = Classes(2)  # labels are not looked at
+    examples = kind.encode(tokenizer, [Row(text, 0) for text in texts], room(model, tokenizer, max_length))
+    pad, device = kind.padding(model, tokenizer), next(model.parameters()).device
     totals: list[tuple[Probe, Tensor]] = []
     training = model.training
     model.eval()
     with torch.no_grad():
         for part in by_length(examples, batch_size):
-            batch = collate(part, pad, device)
+            batch = kind.batch(part, pad, device)
             del batch["labels"]
             found = [(probe, _total(weights, batch["attention_mask"])) for probe, weights in model.look(**batch)]
             totals = [(p, a + b) for (p, a), (_, b) in zip(totals, found, strict=True)] if totals else found

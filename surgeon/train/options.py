@@ -15,15 +15,18 @@ class TrainOptions(BaseModel):
     epochs: PositiveInt = Field(default=3, description="Passes over the rows.")
     learning_rate: PositiveFloat = Field(default=1e-3, description="Highest learning rate.")
     batch_size: PositiveInt = Field(default=32, description="Rows at a time.")
-    max_length: PositiveInt = Field(default=128, description="Tokens of a text that are kept.")
+    max_length: PositiveInt | None = Field(
+        default=None, description="Tokens of a row that are kept; not set: 128, 384 of a question, 1024 of a prompt."
+    )
     weight_decay: NonNegativeFloat = Field(default=0.0, description="Decoupled weight decay, on every delta.")
     warmup: float = Field(default=0.06, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
     schedule: Literal["linear", "cosine", "constant"] = Field(
         default="linear", description="The learning rate after that."
     )
     seed: NonNegativeInt = Field(default=0, description="Seed of the order of rows and of dropout.")
-    patience: PositiveInt | None = Field(
-        default=None, description="Stop after so many epochs without a better accuracy."
+    patience: PositiveInt | None = Field(default=None, description="Stop after so many epochs without a better one.")
+    best_by: Literal["accuracy", "loss"] | None = Field(
+        default=None, description="What tells the best epoch; not set: the loss for texts, the accuracy for the rest."
     )
     grad_clip: PositiveFloat | None = Field(default=1.0, description="Largest norm of the gradient.")
     gradient_accumulation: PositiveInt = Field(default=1, description="Batches to a step.")

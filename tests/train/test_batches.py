@@ -4,11 +4,8 @@ import pytest
 import torch
 
 from surgeon.errors import DataError
-from surgeon.train import (
-    Row,
-    load_tokenizer,
-)
-from surgeon.train.batches import collate, encode, epoch_order
+from surgeon.train import Row, kind_of, load_tokenizer
+from surgeon.train.batches import encode, epoch_order
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "good", "bad", *(f"w{i}" for i in range(24))]
 
@@ -32,8 +29,9 @@ def test_padding_does_not_change_an_answer(model, tokenizer):
     rows = [Row("good", 1), Row("w1 w2 w3 w4 w5 w6 bad", 0)]
     examples = encode(model, tokenizer, rows, 16)
     model.eval()
-    together = model(**collate(examples, 0, torch.device("cpu"))).logits
-    alone = model(**collate(examples[:1], 0, torch.device("cpu"))).logits
+    batch, device = kind_of(model).batch, torch.device("cpu")
+    together = model(**batch(examples, 0, device)).logits
+    alone = model(**batch(examples[:1], 0, device)).logits
     torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-6)
 
 

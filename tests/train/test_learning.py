@@ -13,10 +13,11 @@ from surgeon.train import (
     Row,
     TrainOptions,
     evaluate,
+    kind_of,
     labels_of,
     train_task,
 )
-from surgeon.train.batches import collate, encode
+from surgeon.train.batches import encode
 
 OPTIONS = TrainOptions(epochs=2, learning_rate=2e-2, batch_size=8, max_length=12, seed=3, threads=1)
 
@@ -145,7 +146,7 @@ def test_a_task_trains_in_the_trainer_of_transformers_as_well(model, tokenizer, 
         model=model,
         args=arguments,
         train_dataset=encode(model, tokenizer, rows, 16),
-        data_collator=lambda part: collate(part, 0, torch.device("cpu")),
+        data_collator=lambda part: kind_of(model).batch(part, 0, torch.device("cpu")),
     )
     trainer.train()
     assert trainer.state.global_step == 32
