@@ -24,7 +24,7 @@ from surgeon.graph_text import graph_text
 from surgeon.model import TaskModel
 from surgeon.plan import base_bytes
 from surgeon.program import Program
-from surgeon.runtime.manifest import FORMAT, MANIFEST, TOKENIZER, hash_file, read_manifest, seal
+from surgeon.runtime.manifest import FORMAT, MANIFEST, NO_TASK, TOKENIZER, hash_file, read_manifest, seal
 from surgeon.runtime.taskfile import write_adapter
 from surgeon.spec import Spec
 
@@ -80,7 +80,12 @@ def write_build(contents: Contents, out: Path, report: Callable[[str], None]) ->
     with _partial(out) as folder:
         report("converting to ONNX")
         program, export = contents.program, spec.export
-        facts = export_cached(program, program.fingerprint, folder, opset=export.opset, weights=export.weights)
+        facts = export_cached(
+            program, program.fingerprint, folder, opset=export.opset, weights=export.weights, modes=export.modes
+        )
+        if "mixed" in export.modes:
+            defaults = {name: t.cpu().contiguous().numpy() for name, t in program.ledger.defaults().items()}
+            write_adapter(folder / NO_TASK, defaults, program.fingerprint)
         report("writing the build")
         (folder / "spec.yaml").write_text(spec.to_yaml(), encoding="utf-8")
         (folder / "graph.txt").write_text(graph_text(contents.program), encoding="utf-8")
@@ -192,10 +197,12 @@ def _document(contents: Contents, facts: Mapping[str, Any]) -> dict[str, Any]:
                 "layer": d.layer,
                 "optional": d.optional,
                 "droppable": d.droppable,
+                "padding": d.padding,
             }
             for d in program.ledger.deltas.values()
         ],
         "positions": dict(program.ledger.positions),
+        "counted": dict(program.counted),
         "tools": tool_versions(),
         **facts,
     }

@@ -28,7 +28,8 @@ class Delta:
     `shape` is as this spec sizes it; the axes in `free` may have another size in every task, those that share
     a symbol the same one. Without `init` the tensor is not trained itself: a fold computes it.
     `rate` multiplies the learning rate. A task may leave an `optional` delta to the base, as it may keep the base's own
-    head; a `droppable` one can be left out layer by layer at run time (AdapterDrop).
+    head; a `droppable` one can be left out layer by layer at run time (AdapterDrop). `padding` fills up its free axes
+    where tasks of several sizes share a batch: what leaves the larger task's function as it is.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Delta:
     rate: float = 1.0
     optional: bool = False
     droppable: bool = False
+    padding: float = 0.0
 
     def sample(self) -> Tensor:
         """Zeros to trace with: free axes of at least two, since sizes 0 and 1 are frozen by a trace."""

@@ -60,6 +60,7 @@ class Program(Holding):
         rate: float = 1.0,
         optional: bool = False,
         droppable: bool = False,
+        padding: float = 0.0,
     ) -> Delta:
         """Make a delta at `site` and enter it in the ledger.
 
@@ -97,6 +98,7 @@ class Program(Holding):
             rate=rate,
             optional=optional,
             droppable=droppable,
+            padding=padding,
         )
         self.ledger.add(delta)
         self._makers[name] = self._author

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
@@ -24,11 +24,17 @@ from surgeon.ledger import Delta
 from surgeon.module import Either
 
 
+LIVE = "live"
+"""Key of a node's meta: the name under which mixed batches read how many entries of a free axis a row has."""
+
+
 @dataclass(kw_only=True)
 class Rewriting:
     """A graph, what became of its nodes, and the pass that is changing it."""
 
     graph_module: fx.GraphModule
+    counted: dict[str, str] = field(default_factory=dict)
+    """Names of the values that `live` gives, and the symbol of the size that each counts."""
     _current: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _edges: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
     _author: tuple[str, str] = ("", "")
@@ -159,6 +165,24 @@ class Rewriting:
         either.meta = dict(result.meta)
         self.output.replace_input_with(result, either)
         self._edges[self.output, output] = either
+
+    def live(self, delta: Delta, axis: int) -> fx.Node:
+        """Ones, as many as a free axis of a delta is long: `[n]` int64. What counts the axis reads this and no size:
+        where rows of several tasks share a batch, it is `[rows, n]`, zero where the task of a row has fewer.
+        """
+        axis %= len(delta.shape)
+        name = f"live.{delta.free[axis]}"
+        for node in self.graph.nodes:
+            if node.meta.get(LIVE) == name:
+                return node  # type: ignore[no-any-return]
+
+        def ones(_: Tensor, t: Tensor) -> Tensor:
+            return torch.ones(t.shape[axis], dtype=torch.long, device=t.device)
+
+        node = self.insert(ones, [max(n for n in self.graph.nodes if n.op == "placeholder")], (delta,))
+        node.meta[LIVE] = name
+        self.counted[name] = delta.free[axis]
+        return node
 
     def reads(self, name: str) -> list[fx.Node]:
         """The nodes by which the graph reads a tensor."""

@@ -53,7 +53,7 @@ def text_inputs(model: PreTrainedModel) -> tuple[Input, ...]:
 
 def sample_inputs(inputs: tuple[Input, ...], vocabulary: int, device: torch.device) -> dict[str, Tensor]:
     """Small valid inputs, every size different and at least two; ids are random but fixed."""
-    sizes = {"batch": 2, "sequence": 7, "decoder_sequence": 5}
+    sizes = {"batch": 2, "sequence": 7, "decoder_sequence": 5, "rows": 3}
     rng = torch.Generator().manual_seed(0)
     low = min(3, vocabulary - 1)
     return {

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from surgeon.graph_text import graph_text
 from surgeon.program import Program
 from surgeon.runtime.manifest import hash_file
 
-FILES = ("model.onnx", "model.onnx.data")
+FILES = {"switch": ("model.onnx", "model.onnx.data"), "mixed": ("mixed.onnx",)}
 KEEP = 4
 
 
@@ -33,26 +33,32 @@ def cache_folder() -> Path:
 
 
 def export_cached(
-    program: Program, fingerprint: str, folder: Path, *, opset: int, weights: str
+    program: Program, fingerprint: str, folder: Path, *, opset: int, weights: str, modes: Sequence[str] = ("switch",)
 ) -> dict[str, Any]:
-    """Put the ONNX model into `folder`, from the cache where it holds it; returns its facts for the manifest."""
-    entry = cache_folder() / cache_key(program, fingerprint, opset, weights)
-    facts = _take(entry, folder)
+    """Put the ONNX models into `folder`, from the cache where it holds them; returns their facts for the manifest."""
+    entry = cache_folder() / cache_key(program, fingerprint, opset, weights, modes)
+    files = [name for mode in modes for name in FILES[mode]]
+    facts = _take(entry, folder, files)
     if facts is None:
-        facts = _facts(OnnxExporter().export(program, folder, opset=opset, weights=weights))
-        _store(entry, folder, facts)
+        exporter = OnnxExporter()
+        facts = _facts(exporter.export(program, folder, opset=opset, weights=weights))
+        if "mixed" in modes:
+            facts["mixed"] = _facts(exporter.export_mixed(program, folder, opset=opset, weights=weights))["outputs"]
+        _store(entry, folder, files, facts)
     return facts
 
 
-def cache_key(program: Program, fingerprint: str, opset: int, weights: str = "float32") -> str:
-    """Hash of all that the ONNX model depends on: base and its form, graph, free dimensions, opset and versions."""
+def cache_key(
+    program: Program, fingerprint: str, opset: int, weights: str = "float32", modes: Sequence[str] = ("switch",)
+) -> str:
+    """Hash of all that the ONNX models depend on: base and its form, graph, free dimensions, opset and versions."""
     deltas = [
         (d.name, [d.free.get(a, s) for a, s in enumerate(d.shape)], list(d.default.shape))
         for d in program.ledger.deltas.values()
     ]
     tools = {"modelsurgeon": tool_version("modelsurgeon")} | tool_versions()
     constants = {n: hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for n, t in program.constants.items()}
-    parts = [fingerprint, graph_text(program), deltas, constants, opset, weights, tools]
+    parts = [fingerprint, graph_text(program), deltas, constants, opset, weights, sorted(modes), tools]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -68,18 +74,18 @@ def _facts(model: ir.Model) -> dict[str, Any]:
     return {"outputs": outputs, "opset": model.opset_imports[""], "ir_version": model.ir_version}
 
 
-def _take(entry: Path, folder: Path) -> dict[str, Any] | None:
+def _take(entry: Path, folder: Path, files: Sequence[str]) -> dict[str, Any] | None:
     """Copy an entry whose files are whole; a damaged one is dropped. Raises OSError where `folder` cannot be written."""
     try:
         known = json.loads((entry / "facts.json").read_text(encoding="utf-8"))
         facts: dict[str, Any] = known["facts"]
-        if any(hash_file(entry / name) != known["sha256"][name] for name in FILES):
+        if any(hash_file(entry / name) != known["sha256"][name] for name in files):
             raise ValueError(entry)
     except (OSError, ValueError, KeyError):
         shutil.rmtree(entry, ignore_errors=True)
         return None
     try:
-        for name in FILES:
+        for name in files:
             shutil.copyfile(entry / name, folder / name)
         os.utime(entry)
     except FileNotFoundError:  # another process made room meanwhile
@@ -87,15 +93,15 @@ def _take(entry: Path, folder: Path) -> dict[str, Any] | None:
     return facts
 
 
-def _store(entry: Path, folder: Path, facts: dict[str, Any]) -> None:
+def _store(entry: Path, folder: Path, files: Sequence[str], facts: dict[str, Any]) -> None:
     """Keep a copy for later compiles. A cache that cannot be written is no reason to fail."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=entry.parent))
         try:
-            for name in FILES:
+            for name in files:
                 _link(folder / name, partial / name)
-            hashes = {name: hash_file(partial / name) for name in FILES}
+            hashes = {name: hash_file(partial / name) for name in files}
             (partial / "facts.json").write_text(json.dumps({"facts": facts, "sha256": hashes}), encoding="utf-8")
             partial.replace(entry)
         finally:

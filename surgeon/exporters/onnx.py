@@ -7,6 +7,7 @@ swaps the task per call. Lifting happens before the conversion, so that no optim
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
 import warnings
@@ -23,9 +24,12 @@ from surgeon.errors import InvariantError, TraceError
 from surgeon.exporters.exported import exported
 from surgeon.exporters.quantise import quantised
 from surgeon.ledger import Delta
+from surgeon.mixed import mixed
 from surgeon.module import copied
 from surgeon.program import Program
 
+LIMIT = 2**24
+"""Bytes of constants that a graph may hold itself."""
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
 
 
@@ -44,6 +48,54 @@ class OnnxExporter:
         ir.save(model, path, external_data="model.onnx.data")
         onnx.checker.check_model(str(path))
         return model
+
+
+    def export_mixed(self, program: Program, folder: Path, *, opset: int = 20, weights: str = "float32") -> ir.Model:
+        """Convert the graph whose rows have a task each, and save it over the weights that `export` has written.
+
+        Raises CompositionError where rows cannot be told apart, and what `export` raises.
+        """
+        model = convert(mixed(program), opset, weights)
+        _share(model, ir.load(folder / "model.onnx"))
+        path = folder / "mixed.onnx"
+        ir.save(model, path)
+        onnx.checker.check_model(str(path))
+        return model
+
+
+def _share(model: ir.Model, other: ir.Model) -> None:
+    """Let tensors of a model be those of another's data file, found by their bytes.
+
+    Raises InvariantError where weights would be written twice.
+    """
+    held = {
+        _digest(v.const_value): v.const_value
+        for v in other.graph.initializers.values()
+        if isinstance(v.const_value, ir.ExternalTensor)
+    }
+    again = 0
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        assert tensor is not None
+        place = held.get(_digest(tensor))
+        if place is None:
+            again += tensor.nbytes
+            continue
+        value.const_value = ir.ExternalTensor(
+            place.location,
+            place.offset,
+            place.length,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape),
+            name=tensor.name or str(value.name),
+            base_dir=place.base_dir,
+        )
+    if again > LIMIT:
+        raise InvariantError(f"the mixed graph would hold {again} bytes of weights that the other does not")
+
+
+def _digest(tensor: Any) -> tuple[str, bytes]:
+    return str(tensor.dtype), hashlib.sha256(tensor.tobytes()).digest()
 
 
 def convert(program: Program, opset: int, weights: str = "float32") -> ir.Model:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,13 +10,15 @@ import onnxruntime
 
 from surgeon.errors import BuildError, shorten
 from surgeon.runtime.fields import REBUILD
-from surgeon.runtime.manifest import MODEL, Manifest, damaged, read_file
+from surgeon.runtime.manifest import MIXED, MODEL, Delta, Manifest, Port, damaged, read_file
 from surgeon.runtime.ort import ORT_ERRORS
 
 Fusions = Literal["all"] | Sequence[str]
 Provider = str | tuple[str, dict[str, Any]]
 
 ERROR_ONLY, WARNING = 3, 2
+PER_ROW = (Port("rows", "int64", ("rows",)), Port("task_ids", "int64", ("rows",)))
+"""Of every row the number of its text, and the place of its task in the bank."""
 ORT_TYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}
 
 
@@ -28,20 +30,22 @@ def open_model(
     providers: Sequence[Provider] | None = None,
     verify: bool = True,
     fusions: Fusions = "all",
+    mixed: bool = False,
 ) -> onnxruntime.InferenceSession:
-    """Load the model. With `verify`, exactly the bytes that were hashed are used, weights included: ONNX Runtime would
+    """Load the model, or the graph of several tasks a batch over the same weights. With `verify`, exactly the bytes that were hashed are used, weights included: ONNX Runtime would
     map the weights' file into memory, where a later change of it changes answers and a cut kills the process.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERROR_ONLY  # it warns once per delta, that a delta is not constant
     if threads is not None:
         options.intra_op_num_threads = threads
-    if MODEL not in manifest.files:
-        raise damaged(build, [f"{MODEL} is not listed"])
-    source: str | bytes = str(build / MODEL)
+    graph = MIXED if mixed else MODEL
+    if graph not in manifest.files:
+        raise damaged(build, [f"{graph} is not listed"])
+    source: str | bytes = str(build / graph)
     weights: list[bytes] = []
     if verify:
-        source = read_file(build, MODEL, manifest.files[MODEL])
+        source = read_file(build, graph, manifest.files[graph])
         external = [name for name in manifest.files if name.startswith(f"{MODEL}.")]
         weights = [read_file(build, name, manifest.files[name]) for name in external]
         if external:
@@ -58,18 +62,35 @@ def open_model(
             f"ONNX Runtime {onnxruntime.__version__} cannot load the model: {str(error).strip()}", where=str(build)
         ) from error
     del weights  # alive until here: ONNX Runtime copies them while it builds the session
-    _compare(session, manifest, build)
+    if mixed:
+        _compare(session, build, (*manifest.inputs, *PER_ROW), manifest.mixed, [*_banks(manifest)])
+    else:
+        _compare(session, build, manifest.inputs, manifest.outputs, manifest.deltas)
     return session
 
 
-def _compare(session: onnxruntime.InferenceSession, manifest: Manifest, build: Path) -> None:
+def _banks(manifest: Manifest) -> Iterator[Port]:
+    """The deltas of many tasks."""
+    for delta in manifest.deltas:
+        yield Port(delta.name, delta.dtype, ("tasks", *delta.axes))
+    for name, symbol in manifest.counted.items():
+        yield Port(name, "int64", ("tasks", symbol))
+
+
+def _compare(
+    session: onnxruntime.InferenceSession,
+    build: Path,
+    inputs: Sequence[Port],
+    outputs: Sequence[Port],
+    deltas: Sequence[Port | Delta],
+) -> None:
     """Are the model's inputs, outputs and deltas the manifest's? A pass that drops the deltas from the graph's inputs
     leaves a model that loads and ignores every task.
     """
     pairs = (
-        ("inputs", session.get_inputs(), manifest.inputs, _sized),
-        ("outputs", session.get_outputs(), manifest.outputs, _typed),
-        ("deltas", session.get_overridable_initializers(), manifest.deltas, _declared),
+        ("inputs", session.get_inputs(), inputs, _sized),
+        ("outputs", session.get_outputs(), outputs, _typed),
+        ("deltas", session.get_overridable_initializers(), deltas, _declared),
     )
     for kind, found, listed, form in pairs:
         have = {form(node.name, _dtype(node.type), node.shape) for node in found}

@@ -20,6 +20,10 @@ from surgeon.runtime.fields import REBUILD, Fields
 FORMAT = 1
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
+MIXED = "mixed.onnx"
+"""The graph whose rows have a task each, over the weights of the other."""
+NO_TASK = "base.onnx_adapter"
+"""What the deltas of a row without a task are."""
 TOKENIZER = "tokenizer.json"
 FULL = "float32"
 """Weights of a graph that computes what PyTorch does."""
@@ -67,6 +71,7 @@ class Delta:
     layer: int | None
     optional: bool
     droppable: bool
+    padding: float
 
     @cached_property
     def axes(self) -> tuple[str | int, ...]:
@@ -109,6 +114,8 @@ class Manifest:
     outputs: tuple[Port, ...]
     deltas: tuple[Delta, ...]
     positions: Mapping[str, str]
+    counted: Mapping[str, str]
+    mixed: tuple[Port, ...]
     tasks: Mapping[str, Task]
     files: Mapping[str, File]
     tools: Mapping[str, str]
@@ -197,6 +204,8 @@ def parse_manifest(doc: object, where: str) -> Manifest:
         outputs=tuple(_port(item) for item in top.items("outputs")),
         deltas=tuple(_delta(item) for item in top.items("deltas")),
         positions=MappingProxyType({symbol: str(axis) for symbol, axis in top.get("positions", dict).items()}),
+        counted=MappingProxyType({str(name): str(of) for name, of in (top.optional("counted", dict) or {}).items()}),
+        mixed=tuple(_port(item) for item in top.items("mixed")) if top.doc.get("mixed") is not None else (),
         tasks=MappingProxyType({name: _task(name, item) for name, item in top.named("tasks").items()}),
         files=MappingProxyType({top.inside(name): _file(item) for name, item in top.named("files").items()}),
         tools=MappingProxyType({name: str(tool) for name, tool in top.get("tools", dict).items()}),
@@ -281,6 +290,7 @@ def _delta(item: Fields) -> Delta:
         layer=item.optional("layer", int),
         optional=item.get("optional", bool),
         droppable=item.get("droppable", bool),
+        padding=item.optional("padding", float) or 0.0,
     )
 
 

@@ -6,18 +6,21 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, overload
 
 from onnxruntime import InferenceSession, RunOptions
 
 from surgeon.errors import BuildError, DataError, SpecError, did_you_mean, shorten
 from surgeon.runtime.answers import Answer, answers
+from surgeon.runtime.bank import Bank
 from surgeon.runtime.engine import WARNING, Fusions, Provider, open_model
 from surgeon.runtime.feeds import SEQUENCE, complete
-from surgeon.runtime.manifest import MODEL, Manifest, check_files, read_manifest
+from surgeon.runtime.manifest import MIXED, MODEL, NO_TASK, Manifest, check_files, read_manifest
+from surgeon.runtime.mixed import MixedGraph, PerRow, read_no_task, rows_of
 from surgeon.runtime.ort import ORT_ERRORS
 from surgeon.runtime.taskfile import Array
 from surgeon.runtime.tasks import RunnableTask, TaskInfo, load_task, name_of
@@ -31,6 +34,8 @@ class Session:
     With `verify` (the default) all files are hashed and held in memory, so that no later change of the directory
     matters; without, the directory is trusted and the base's weights are mapped from it. Tasks are always checked.
     `fusions` names graph optimizers of ONNX Runtime to leave out; "all" leaves out none.
+    Of a build with the mode `mixed`, `resident` tasks (and `resident_bytes` of them, where given) are at hand at once
+    for batches of several tasks; others come in when they are named, for those used longest ago.
     """
 
     def __init__(
@@ -41,18 +46,23 @@ class Session:
         providers: Sequence[Provider] | None = None,
         verify: bool = True,
         fusions: Fusions = "all",
+        resident: int = 64,
+        resident_bytes: int | None = None,
     ) -> None:
         if isinstance(fusions, str) and fusions != "all":
             raise SpecError(f"fusions is 'all' or a list of names, not '{fusions}'", try_=f"fusions=['{fusions}']")
+        if not isinstance(resident, int) or resident < 1 or (resident_bytes is not None and resident_bytes < 1):
+            raise SpecError("resident and resident_bytes are numbers from 1", there_is=f"{resident}, {resident_bytes}")
+        self._bounds = (resident, resident_bytes)
+        self._opening = partial(open_model, threads=threads, providers=providers, verify=verify, fusions=fusions)
+        self._mixed: MixedGraph | None = None
         self._build = Path(build)
         self._manifest = read_manifest(self._build)
         self._verify, self._fusions = verify, fusions
-        self._lock = threading.Lock()
+        self._lock, self._mixing = threading.Lock(), threading.Lock()
         self._texts: Texts | None = None
         self._tasks: Mapping[str, RunnableTask] = {}
-        self._session: InferenceSession | None = open_model(
-            self._build, self._manifest, threads=threads, providers=providers, verify=verify, fusions=fusions
-        )
+        self._session: InferenceSession | None = self._opening(self._build, self._manifest)
         self._private = Path(tempfile.mkdtemp(prefix="surgeon-"))
         self._cleanup = weakref.finalize(self, shutil.rmtree, self._private, ignore_errors=True)
         self._outputs = [port.name for port in self._manifest.outputs]
@@ -108,14 +118,37 @@ class Session:
         """The tasks of this moment, by name. Later changes do not show in the mapping."""
         return MappingProxyType({name: task.info for name, task in self._tasks.items()})
 
-    def run(self, inputs: Mapping[str, Any], task: str | None = None, *, drop: int = 0) -> dict[str, Array]:
+    @overload
+    def run(self, inputs: Mapping[str, Any], task: str | None = None, *, drop: int = 0) -> dict[str, Array]: ...
+
+    @overload
+    def run(
+        self, inputs: Mapping[str, Any], task: PerRow, *, rows: Sequence[int] | None = None, drop: int = 0
+    ) -> list[dict[str, Array]]: ...
+
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        task: str | PerRow | None = None,
+        *,
+        rows: Sequence[int] | None = None,
+        drop: int = 0,
+    ) -> dict[str, Array] | list[dict[str, Array]]:
         """The graph's outputs by name, as `task` gives them; without one, exactly the base's.
+
+        A list of tasks, of a build with the mode `mixed`, gives a list of rows, each as its task alone answers its text:
+        a task for every text (None is the base), a list of tasks for every text, or a task for every one of `rows`,
+        which are numbers of texts. What no task changes in a text's way through the graph is computed once.
 
         `drop` leaves out the task's adapters in so many of the lowest layers (AdapterDrop, arXiv:2010.11918).
 
         Inputs are numpy arrays (or lists) by name, a batch each. What has a neutral value, as a mask of ones, may be
         absent. Raises DataError for inputs that do not fit, SpecError for an unknown task.
         """
+        if isinstance(task, list | tuple):
+            return self._run_rows(inputs, task, rows, drop)
+        if rows is not None:
+            raise SpecError("rows need a task each", try_="task=['a', 'b', …], as many as there are rows")
         return self._run(inputs, self._task(task, drop))
 
     def add_task(
@@ -190,10 +223,16 @@ class Session:
             found.update(zip(part, answers(outputs, labels), strict=True))
         return [found[i] for i in range(len(texts))]
 
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Names of the tasks at hand for batches of several tasks, the one used longest ago first."""
+        mixed = self._mixed
+        return () if mixed is None else mixed.bank.tasks
+
     def close(self) -> None:
         """Let go of the model and the tasks. Runs under way end undisturbed; later ones raise BuildError."""
         with self._lock:
-            self._session, self._tasks = None, {}
+            self._session, self._mixed, self._tasks = None, None, {}
         self._cleanup()
 
     def __enter__(self) -> Self:
@@ -219,6 +258,44 @@ class Session:
                 there_is="; ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in feed.items()),
             ) from error
         return dict(zip(self._outputs, outputs, strict=True))
+
+    def _run_rows(
+        self, inputs: Mapping[str, Any], task: PerRow, rows: Sequence[int] | None, drop: int
+    ) -> list[dict[str, Array]]:
+        mixed = self._open_mixed()
+        names, numbers = rows_of(task, rows, self._count(inputs))
+        tasks = [self._task(name, drop if name is not None else 0) for name in names]
+        limit = self._manifest.base.max_length
+        most: Callable[[str], int] = lambda axis: max(self._taken(t, axis) for t in tasks)  # noqa: E731
+        return mixed.run(complete(self._manifest.inputs, inputs, limit, most), tasks, numbers)
+
+    def _count(self, inputs: Mapping[str, Any]) -> int:
+        """Texts in a batch; `complete` tells what is wrong where there are none."""
+        first = self._manifest.inputs[0].name
+        return len(inputs[first]) if isinstance(inputs, Mapping) and isinstance(inputs.get(first), Sized) else 0
+
+    def _open_mixed(self) -> MixedGraph:
+        """The second graph, opened by the first batch of several tasks."""
+        self._open()
+        mixed = self._mixed
+        if mixed is not None:
+            return mixed
+        with self._mixing:
+            if self._mixed is None:
+                if MIXED not in self._manifest.files or NO_TASK not in self._manifest.files:
+                    raise SpecError(
+                        "this build takes one task a call",
+                        where=str(self._build),
+                        there_is=f"modes {', '.join(self._manifest.modes)}",
+                        try_="`modes: [switch, mixed]` in the spec's `export`, and compile it again",
+                    )
+                base = read_no_task(self._build, self._manifest, self._private)
+                bank = Bank(self._manifest, base, *self._bounds)
+                session = self._opening(self._build, self._manifest, mixed=True)
+                with self._lock:
+                    self._open()
+                    self._mixed = MixedGraph(session, self._manifest, base, bank)
+            return self._mixed
 
     def _taken(self, active: RunnableTask | None, axis: str) -> int:
         return 0 if active is None else self._manifest.taken(active.info.sizes, axis)

@@ -16,7 +16,7 @@ from onnxruntime import LoraAdapter, RunOptions
 from surgeon.errors import BuildError, SpecError
 from surgeon.runtime.fit import check_base, check_task, columns
 from surgeon.runtime.manifest import Manifest
-from surgeon.runtime.taskfile import SUFFIX, parse_adapter, private_copy, write_adapter
+from surgeon.runtime.taskfile import SUFFIX, Array, parse_adapter, private_copy, write_adapter
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,17 @@ class RunnableTask:
                 self._reduced[layers] = self._reduce(manifest, layers)
             return self._reduced[layers]
 
+    def tensors(self) -> Mapping[str, Array]:
+        """What the task consists of, by name. Raises BuildError where its session was closed meanwhile."""
+        try:
+            return parse_adapter(self.path, self.path.read_bytes(), str(self.path)).tensors
+        except FileNotFoundError as error:
+            raise BuildError("the session was closed meanwhile", where=self.info.name) from error
+
     def _reduce(self, manifest: Manifest, layers: int) -> RunnableTask:
         """A task file without those tensors: to ONNX Runtime a missing one is its default."""
         dropped = {d.name for d in manifest.deltas if d.droppable and d.layer is not None and d.layer < layers}
-        try:
-            whole = parse_adapter(self.path, self.path.read_bytes(), str(self.path))
-        except FileNotFoundError as error:
-            raise BuildError("the session was closed meanwhile", where=self.info.name) from error
-        left = {name: tensor for name, tensor in whole.tensors.items() if name not in dropped}
+        left = {name: tensor for name, tensor in self.tensors().items() if name not in dropped}
         path = self.path.with_name(f"{self.path.name.removesuffix(SUFFIX)}.drop-{layers}{SUFFIX}")
         write_adapter(path, left, manifest.base.fingerprint)
         return _runnable(self.info, path)

@@ -147,8 +147,10 @@ Task = Annotated[TaskSpec, BeforeValidator(lambda value: {} if value is None els
 class ExportSpec(Part):
     """What the build holds."""
 
-    modes: tuple[Literal["switch"], ...] = Field(
-        default=("switch",), description="`switch`: one task a call, chosen when the model is run."
+    modes: tuple[Literal["switch", "mixed"], ...] = Field(
+        default=("switch",),
+        description="`switch`: one task a call, chosen when the model is run. `mixed`, beside it: a second graph over the "
+        "same weights, of which every row of a batch has a task of its own, and a text as many rows as it asks for tasks.",
     )
     opset: StrictInt = Field(default=20, ge=18, le=23, description="ONNX operator set.")
     weights: Literal["float32", "int8", "int4"] = Field(
@@ -162,6 +164,8 @@ class ExportSpec(Part):
     def _once(cls, modes: tuple[str, ...]) -> tuple[str, ...]:
         if not modes or len(set(modes)) < len(modes):
             raise PydanticCustomError("modes", "must name at least one mode, and each once")
+        if "switch" not in modes:
+            raise PydanticCustomError("modes", "must name `switch` too: the graph whose weights the others share")
         return modes
 
 

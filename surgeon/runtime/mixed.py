@@ -1,0 +1,127 @@
+"""Rows of several tasks in one run: a second graph over the same weights, which reads tasks from a bank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnxruntime import InferenceSession, RunOptions
+
+from surgeon.errors import DataError, SpecError, shorten
+from surgeon.runtime.bank import Bank
+from surgeon.runtime.engine import WARNING
+from surgeon.runtime.fit import LABELS, check_task, columns
+from surgeon.runtime.manifest import NO_TASK, Manifest, read_file
+from surgeon.runtime.ort import ORT_ERRORS
+from surgeon.runtime.taskfile import Array, parse_adapter, private_copy
+from surgeon.runtime.tasks import RunnableTask
+
+Names = str | None
+PerRow = list[Names] | list[list[Names]] | tuple[Names, ...]
+"""A task for every row, None for the base; or, for every text, the tasks it is asked for."""
+
+
+def rows_of(task: PerRow, rows: Sequence[int] | None, texts: int) -> tuple[list[Names], list[int]]:
+    """The task of every row and the number of its text. Raises DataError or SpecError for what does not fit."""
+    several = [isinstance(entry, list | tuple) for entry in task]
+    if any(several):
+        if not all(several) or rows is not None:
+            raise SpecError(
+                "tasks are one a row, or a list of them for every text", try_="task=[['a', 'b'], ['a']], without `rows`"
+            )
+        rows = [i for i, entry in enumerate(task) for _ in entry or ()]
+        if len(task) != texts:
+            raise DataError(f"there are {len(task)} lists of tasks for {texts} texts")
+        task = [name for entry in task for name in entry or ()]
+    names: list[Names] = list(task)  # type: ignore[arg-type]
+    if rows is None:
+        rows = range(texts)
+        if len(names) != texts:
+            raise DataError(
+                f"there are {len(names)} tasks for {texts} texts",
+                try_="a task for every text, or `rows` with the number of each row's text",
+            )
+    numbers = _numbers(rows, texts)
+    if len(names) != len(numbers):
+        raise DataError(f"there are {len(names)} tasks for {len(numbers)} rows", try_="a task for every row")
+    if not numbers:
+        raise DataError("there are no rows to run", try_="a task for at least one row")
+    return names, numbers
+
+
+def read_no_task(build: Path, manifest: Manifest, private: Path) -> Mapping[str, Array]:
+    """What the deltas of a row without a task are. Raises BuildError where the file is not the manifest's."""
+    data = read_file(build, NO_TASK, manifest.files[NO_TASK])
+    copy, _ = private_copy(build / NO_TASK, private)
+    try:
+        tensors = parse_adapter(copy, data, str(build / NO_TASK)).tensors
+        check_task(manifest, tensors, str(build / NO_TASK))
+    finally:
+        copy.unlink(missing_ok=True)
+    return tensors
+
+
+def _numbers(rows: Sequence[int], texts: int) -> list[int]:
+    array = np.asarray(rows if isinstance(rows, np.ndarray) else list(rows))
+    if array.size and (array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= texts):
+        raise DataError(
+            "rows are numbers of texts", there_is=f"texts 0 to {texts - 1}; rows {shorten(map(str, array.ravel().tolist()))}"
+        )
+    return [int(row) for row in array]
+
+
+class MixedGraph:
+    """The second graph of a build, and the tasks it has at hand."""
+
+    def __init__(self, session: InferenceSession, manifest: Manifest, base: Mapping[str, Array], bank: Bank) -> None:
+        self.bank = bank
+        self._session, self._manifest = session, manifest
+        self._columns = columns(manifest, base)
+        self._outputs = {port.name: port.axes for port in manifest.mixed}
+        self._taking = {  # tensors that take positions beside the text's
+            delta.name: (axis + 1, symbol)
+            for delta in manifest.deltas
+            for axis, symbol in delta.free.items()
+            if symbol in manifest.positions
+        } | {name: (1, symbol) for name, symbol in manifest.counted.items() if symbol in manifest.positions}
+
+    def run(
+        self, feed: Mapping[str, Array], tasks: Sequence[RunnableTask | None], rows: Sequence[int]
+    ) -> list[dict[str, Array]]:
+        """The outputs of every row, as its task alone gives them for its text. Raises DataError."""
+        own = [task for task in tasks if task is not None]
+        with self.bank.holding(own) as held:
+            ids = [0 if task is None else held.places[task] for task in tasks]
+            given = {
+                **feed,
+                **{name: self._cut(name, array, own) for name, array in held.arrays.items()},
+                "rows": np.array(rows, np.int64),
+                "task_ids": np.array(ids, np.int64),
+            }
+            options = RunOptions()
+            options.log_severity_level = WARNING
+            try:
+                found = self._session.run(list(self._outputs), given, options)
+            except ORT_ERRORS as error:
+                raise DataError(
+                    f"the model cannot run on these inputs: {str(error).strip()}",
+                    there_is="; ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in feed.items()),
+                ) from error
+        outputs = dict(zip(self._outputs, found, strict=True))
+        return [{name: self._of(name, array[i], task) for name, array in outputs.items()} for i, task in enumerate(tasks)]
+
+    def _cut(self, name: str, array: Array, tasks: Sequence[RunnableTask]) -> Array:
+        """Of tensors that take positions no more than this call needs: what others need would be lost to the text."""
+        if name not in self._taking:
+            return array
+        axis, symbol = self._taking[name]
+        most = max((task.info.sizes.get(symbol, 0) for task in tasks), default=0)
+        return array if array.shape[axis] == most else np.ascontiguousarray(array.take(range(most), axis))
+
+    def _of(self, name: str, output: Array, task: RunnableTask | None) -> Array:
+        """A row's output with the columns of its task's own head."""
+        count = self._columns if task is None or task.info.columns is None else task.info.columns
+        axes: Sequence[Any] = self._outputs[name][1:]
+        return output[tuple(slice(0, count) if axis == LABELS else slice(None) for axis in axes)]
