@@ -23,7 +23,6 @@ from surgeon.errors import InvariantError
 from surgeon.ledger import Delta
 from surgeon.module import Either
 
-
 LIVE = "live"
 """Key of a node's meta: the name under which mixed batches read how many entries of a free axis a row has."""
 

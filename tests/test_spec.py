@@ -183,6 +183,7 @@ def test_the_mistakes_of_a_mapping_are_told_by_path() -> None:
         ("tasks: {a: 3}", "tasks.a must be a mapping, got 3"),
         ("export: {modes: [swich]}", "did you mean 'switch'?"),
         ("export: {modes: []}", "must name at least one mode"),
+        ("export: {modes: [mixed]}", "must name `switch` too"),
         ("export: {modes: [switch, switch]}", "must name at least one mode, and each once"),
         ("export: {opset: 9}", "export.opset must be at least 18, got 9"),
     ],

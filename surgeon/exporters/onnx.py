@@ -49,7 +49,6 @@ class OnnxExporter:
         onnx.checker.check_model(str(path))
         return model
 
-
     def export_mixed(self, program: Program, folder: Path, *, opset: int = 20, weights: str = "float32") -> ir.Model:
         """Convert the graph whose rows have a task each, and save it over the weights that `export` has written.
 
@@ -86,7 +85,7 @@ def _share(model: ir.Model, other: ir.Model) -> None:
             place.offset,
             place.length,
             tensor.dtype,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(tensor.numpy().shape),
             name=tensor.name or str(value.name),
             base_dir=place.base_dir,
         )

@@ -3,7 +3,7 @@
     delta [a, b]   becomes   bank [tasks, a, b], read at task_ids [rows]
 
 Entry 0 is the base: the default of every bank. A free size is that of the largest task in the bank. What is shorter is
-filled up: with zeros (`Delta.padding` says where that would change the answer), and where a technique counts a free axis
+filled up: with `Delta.padding`, which leaves the answer as it is; and where a technique counts a free axis
 (`Program.live`), a bank of ones and zeros tells which entries of the axis a task has.
 """
 

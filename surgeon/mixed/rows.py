@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 from torch.func import vmap
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from surgeon.errors import CompositionError
 from surgeon.mixed.alone import alone
@@ -66,7 +66,7 @@ class RowWise:
     def integers(self, name: str) -> fx.Node:
         """An input of one integer a row."""
         node = self.writing.graph.placeholder(name)
-        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
         like = getattr(self, "rows", None)
         if like is None:
             node.meta["val"] = self.writing.mode.from_tensor(torch.arange(MANY), symbolic_context=context)
@@ -102,7 +102,7 @@ class RowWise:
                 try_="`modes: [switch]` in `export`: one task a call",
             )
         if node.target is aten.dropout.default:
-            self._env[node], self._kinds[node] = self._env[node.args[0]], self._kinds[node.args[0]]
+            self._put(node, self._kinds[node.all_input_nodes[0]], self._env[node.all_input_nodes[0]])
             return
         kinds = {self._kinds[n] for n in node.all_input_nodes if n in self._kinds}
         if DELTA in kinds or (ROW in kinds and self._loses_rows(node)):
@@ -183,6 +183,8 @@ class RowWise:
         if node.target is not aten.sym_size.int:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._size(n, level))
             return self.writing.call(node.target, args, kwargs)
+        tensor: Any
+        axis: Any
         tensor, axis = node.args
         if not of_batch:  # one of a delta lies behind the axis of rows
             behind = int(self._kinds[tensor] == DELTA and axis >= 0)
@@ -261,7 +263,8 @@ def _counts_rows(node: fx.Node) -> bool:
     """Whether the number of rows of the trace has become a constant of a node."""
     numbers: list[int] = []
     fx.node.map_aggregate(
-        (node.args, node.kwargs), lambda a: numbers.append(a) if isinstance(a, int) and a > 0 else None  # type: ignore[func-returns-value]
+        (node.args, node.kwargs),
+        lambda a: numbers.append(a) if isinstance(a, int) and a > 0 else None,
     )
     return any(number % MANY == 0 for number in numbers)
 

@@ -1,7 +1,7 @@
 """The tasks that a mixed graph has at hand: one array a delta, `[places, …]`, of which every task has an entry.
 
-Entry 0 is the base. Places are few; tasks come in on demand and the one used longest ago gives way, but never one that a
-run is using. A free size is that of the largest task at hand, and what is shorter is filled up.
+Entry 0 is the base. Places are few; tasks come in on demand and the one used longest ago gives way, but never one
+that a run is using. A free size is that of the largest task at hand, and what is shorter is filled up.
 """
 
 from __future__ import annotations

@@ -32,8 +32,10 @@ def open_model(
     fusions: Fusions = "all",
     mixed: bool = False,
 ) -> onnxruntime.InferenceSession:
-    """Load the model, or the graph of several tasks a batch over the same weights. With `verify`, exactly the bytes that were hashed are used, weights included: ONNX Runtime would
-    map the weights' file into memory, where a later change of it changes answers and a cut kills the process.
+    """Load the model, or with `mixed` the graph of several tasks a batch, over the same weights.
+
+    With `verify`, exactly the bytes that were hashed are used, weights included: ONNX Runtime would map the weights'
+    file into memory, where a later change of it changes answers and a cut kills the process.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERROR_ONLY  # it warns once per delta, that a delta is not constant

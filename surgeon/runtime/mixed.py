@@ -67,7 +67,8 @@ def _numbers(rows: Sequence[int], texts: int) -> list[int]:
     array = np.asarray(rows if isinstance(rows, np.ndarray) else list(rows))
     if array.size and (array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= texts):
         raise DataError(
-            "rows are numbers of texts", there_is=f"texts 0 to {texts - 1}; rows {shorten(map(str, array.ravel().tolist()))}"
+            "rows are numbers of texts",
+            there_is=f"texts 0 to {texts - 1}; rows {shorten(map(str, array.ravel().tolist()))}",
         )
     return [int(row) for row in array]
 
@@ -110,7 +111,9 @@ class MixedGraph:
                     there_is="; ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in feed.items()),
                 ) from error
         outputs = dict(zip(self._outputs, found, strict=True))
-        return [{name: self._of(name, array[i], task) for name, array in outputs.items()} for i, task in enumerate(tasks)]
+        return [
+            {name: self._of(name, array[i], task) for name, array in outputs.items()} for i, task in enumerate(tasks)
+        ]
 
     def _cut(self, name: str, array: Array, tasks: Sequence[RunnableTask]) -> Array:
         """Of tensors that take positions no more than this call needs: what others need would be lost to the text."""

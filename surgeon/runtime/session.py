@@ -136,9 +136,9 @@ class Session:
     ) -> dict[str, Array] | list[dict[str, Array]]:
         """The graph's outputs by name, as `task` gives them; without one, exactly the base's.
 
-        A list of tasks, of a build with the mode `mixed`, gives a list of rows, each as its task alone answers its text:
-        a task for every text (None is the base), a list of tasks for every text, or a task for every one of `rows`,
-        which are numbers of texts. What no task changes in a text's way through the graph is computed once.
+        A list of tasks, of a build with the mode `mixed`, gives a list of rows, each as its task alone answers its
+        text: a task for every text (None is the base), a list of tasks for every text, or a task for every one of
+        `rows`, which are numbers of texts. What no task changes on a text's way is computed once.
 
         `drop` leaves out the task's adapters in so many of the lowest layers (AdapterDrop, arXiv:2010.11918).
 

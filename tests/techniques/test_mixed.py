@@ -1,0 +1,247 @@
+"""Rows of several tasks in one batch, and several tasks a text, answer as each task alone does: any technique, any base."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch.func import functional_call
+
+import surgeon
+from surgeon.errors import DataError, SpecError
+from surgeon.mixed import mixed
+from surgeon.runtime.bank import Bank
+from surgeon.spec.envelope import ExportSpec
+
+QVF = ["attention.query", "attention.value", "ffn.up"]
+SURGERIES = {
+    "lora": [{"lora": {"rank": 3, "where": QVF}}],
+    "dora": [{"lora": {"rank": 3, "dora": True, "bias": False}}],
+    "lora of a table": [{"lora": {"rank": 2, "where": ["embedding.token", "attention.query"]}}],
+    "adalora": [{"adalora": {"rank": 4, "target_rank": 2}}],
+    "vera": [{"vera": {"rank": 8}}],
+    "ia3": [{"ia3": {}}],
+    "bitfit": [{"bitfit": {}}],
+    "norm_tuning": [{"norm_tuning": {}}],
+    "houlsby": [{"adapter": {"bottleneck": 4}}],
+    "pfeiffer": [{"adapter": {"bottleneck": 4, "placement": "pfeiffer"}}],
+    "parallel": [{"adapter": {"bottleneck": 4, "placement": "parallel"}}],
+    "compacter": [{"compacter": {"bottleneck": 8}}],
+    "fusion": [{"fusion": {"bottleneck": 4}}],
+    "full": [{"full": {}}],
+    "head": [{"head": {}}],
+    "drop": [{"adapter": {"bottleneck": 4}}, {"drop": {"layers": 1}}],
+    "many": [{"lora": {"rank": 3}}, {"adapter": {"bottleneck": 4}}, {"ia3": {}}, {"head": {}}],
+}
+OTHER = {"rank": 6, "bottleneck": 12, "adapters": 3, "columns": 8, "length": 7, "labels": 4}
+NO_BIAS = {("llama", "bitfit"), ("t5", "bitfit")}
+MATRIX = [
+    pytest.param(kind, name, marks=() if kind == "bert" or name in ("lora", "many") else pytest.mark.sweep)
+    for kind in ("bert", "llama", "gpt2", "t5")
+    for name in SURGERIES
+    if (kind, name) not in NO_BIAS
+]
+
+
+class Alone:
+    """A task as the bank takes it, without a file."""
+
+    def __init__(self, model):
+        self.info = type("Info", (), {"name": "task", "sizes": {}})
+        self._tensors = {n: t.detach().numpy() for n, t in model.ledger.shrink(model.deployed()).items()}
+
+    def tensors(self):
+        return self._tensors
+
+
+def banks(program, models):
+    """Arrays as the runtime fills them, entry 0 the base."""
+    from types import SimpleNamespace
+
+    deltas = [
+        SimpleNamespace(
+            name=d.name,
+            free=d.free,
+            axes=[d.free.get(a, s) for a, s in enumerate(d.shape)],
+            dtype=str(d.dtype).removeprefix("torch."),
+            padding=d.padding,
+        )
+        for d in program.ledger.deltas.values()
+    ]
+    base = {name: t.detach().numpy() for name, t in program.ledger.defaults().items()}
+    bank = Bank(SimpleNamespace(deltas=deltas, counted=program.counted), base, len(models))
+    tasks = [Alone(model) for model in models]
+    for task in tasks:
+        task.info.sizes = bank._sizes_of(task.tensors())
+    with bank.holding(tasks) as held:
+        return {n: torch.from_numpy(a) for n, a in held.arrays.items()}, [held.places[t] for t in tasks]
+
+
+def two_sizes(lab, kind, surgery):
+    """A compiled program, and two moved tasks of it, of other sizes where sizes are free."""
+    compiled = lab.operate(lab.base(kind), *surgery, tasks={"a": {}, "b": {}})
+    one, two = (lab.move(compiled.model(task), seed=i).eval() for i, task in enumerate("ab"))
+    sizes = {s.rpartition(".")[2] for d in compiled.program.ledger.deltas.values() for s in d.free.values()}
+    if sizes and not {"adapters", "ensemble"} & sizes:
+        lab.resize(two, **OTHER)
+        with torch.no_grad():
+            for parameter in lab.own(two).values():
+                parameter.mul_(0.3)
+    return compiled, [one, two]
+
+
+@pytest.mark.parametrize(("kind", "name"), MATRIX)
+def test_a_row_answers_as_its_task_alone(kind, name, lab):
+    compiled, models = two_sizes(lab, kind, SURGERIES[name])
+    arrays, (a, b) = banks(compiled.program, models)
+    graph = mixed(compiled.program).graph_module
+    base = lab.base(kind)
+    fed = lab.feed(base, 3, 9, pad=2)
+    fed = {i.name: fed.get(i.name, torch.full((3, 9), i.fill or 0)) for i in compiled.program.inputs}
+    answers = {a: models[0], b: models[1], 0: base}
+    for rows, ids in (([0, 1, 2], [b, 0, a]), ([0, 0, 0, 1, 2, 2], [a, b, 0, b, 0, a]), ([2], [b])):
+        with torch.no_grad():
+            ends = {"rows": torch.tensor(rows), "task_ids": torch.tensor(ids)}
+            found = functional_call(graph, arrays, (), {**fed, **ends})["logits"]
+            for i, (row, task) in enumerate(zip(rows, ids, strict=True)):
+                wanted = answers[task](**{n: t[row : row + 1] for n, t in fed.items()}).logits[0]
+                assert lab.gap(found[i][..., : wanted.shape[-1]], wanted) <= 4e-6
+
+
+LABELLED = {"sentiment": {"labels": 2}, "topic": {"labels": 5}, "spam": {"labels": ["no", "yes"]}, "plain": {}}
+
+
+@pytest.fixture(scope="module")
+def served(lab, tmp_path_factory):
+    """A build of both modes, and its tasks: of other ranks, and of 2, 5, 2 and the base's labels."""
+    compiled = lab.operate(lab.base("bert"), {"lora": {"rank": 3, "where": QVF}}, tasks=LABELLED)
+    compiled.spec = compiled.spec.model_copy(update={"export": ExportSpec(modes=("switch", "mixed"))})
+    for i, task in enumerate(compiled.tasks):
+        model = lab.move(compiled.model(task), seed=i)
+        if i % 2:
+            lab.resize(model, rank=4 + i)
+    folder = compiled.save(tmp_path_factory.mktemp("mixed") / "build")
+    return folder, {n: t.numpy() for n, t in lab.feed(lab.base("bert"), 4, 9, pad=2).items()}
+
+
+def same(session, fed, found, pairs, equal=False):
+    """Compare rows with runs of one text and one task."""
+    assert len(found) == len(pairs)
+    for row, (text, task) in zip(found, pairs, strict=True):
+        alone = session.run({n: t[text : text + 1] for n, t in fed.items()}, task)
+        assert row.keys() == alone.keys()
+        for name, array in alone.items():
+            assert row[name].shape == array[0].shape
+            assert np.isfinite(row[name]).all()
+            if equal:
+                np.testing.assert_array_equal(row[name], array[0])
+            else:
+                assert np.abs(row[name] - array[0]).max() <= 1e-6 * max(1, np.abs(array).max())
+
+
+def test_onnx_runtime_gives_every_row_its_task(served):
+    folder, fed = served
+    with surgeon.Session(folder, threads=1) as session:
+        tasks = ["sentiment", None, "topic", "plain"]
+        same(session, fed, session.run(fed, tasks), list(enumerate(tasks)))
+        same(session, fed, session.run(fed, tuple(reversed(tasks))), list(enumerate(reversed(tasks))))
+        same(session, fed, session.run(fed, [None] * 4), [(i, None) for i in range(4)], equal=True)
+        each = [["topic", "sentiment", None], [], ["spam"], ["plain", "topic"]]
+        same(session, fed, session.run(fed, each), [(i, task) for i, own in enumerate(each) for task in own])
+        found = session.run(fed, ["spam", "topic", None], rows=[3, 0, 0])
+        same(session, fed, found, [(3, "spam"), (0, "topic"), (0, None)])
+        assert session.run(fed, "topic")["logits"].shape == (4, 5)
+
+
+def test_at_equal_rank_a_row_is_the_single_run_to_the_bit(served):
+    folder, fed = served
+    with surgeon.Session(folder, threads=1) as session:
+        same(session, fed, session.run(fed, ["sentiment", "spam"] * 2), list(enumerate(["sentiment", "spam"] * 2)), True)
+
+
+def test_the_second_graph_holds_no_weights_of_its_own(served):
+    folder, _ = served
+    graph = onnx.load(str(folder / "mixed.onnx"), load_external_data=False).graph
+    outside = [t for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    files = {entry.value for t in outside for entry in t.external_data if entry.key == "location"}
+    assert files == {"model.onnx.data"}
+    weights = onnx.load(str(folder / "model.onnx"), load_external_data=False).graph.initializer
+    assert len(outside) == sum(t.data_location == onnx.TensorProto.EXTERNAL for t in weights)
+    symbols = {d.dim_param for i in graph.input for d in i.type.tensor_type.shape.dim if d.dim_param}
+    assert {"batch", "sequence", "rows", "tasks", "labels"} <= symbols
+
+
+def test_few_places_serve_many_tasks_in_turn(served):
+    folder, fed = served
+    with surgeon.Session(folder, threads=1, resident=2) as session:
+        for tasks in (["sentiment", "topic"], ["spam", "topic"], ["plain", None], ["sentiment", "spam"]):
+            same(session, fed, session.run(fed, tasks * 2), list(enumerate(tasks * 2)))
+            assert set(session.resident) >= set(tasks) - {None}
+            assert len(session.resident) <= 2
+        session.run(fed, ["topic", "sentiment"] * 2)
+        session.run(fed, ["spam"] * 4)
+        assert session.resident == ("sentiment", "spam")
+        with pytest.raises(SpecError, match="names 3 tasks, and 2 can be at hand"):
+            session.run(fed, ["sentiment", "topic", "spam", None])
+
+
+def test_many_threads_share_the_places(served):
+    folder, fed = served
+    names = [*LABELLED, None]
+    with surgeon.Session(folder, threads=1, resident=3) as session, ThreadPoolExecutor(6) as pool:
+        chosen = [[names[(i + k * (i % 3)) % 5] for k in range(4)] for i in range(48)]
+        chosen = [tasks if len(set(tasks) - {None}) <= 3 else [*tasks[:3], None] for tasks in chosen]
+        for tasks, found in zip(chosen, pool.map(lambda tasks: session.run(fed, tasks), chosen), strict=True):
+            same(session, fed, found, list(enumerate(tasks)))
+
+
+def test_tasks_come_and_go_meanwhile(served):
+    folder, fed = served
+    with surgeon.Session(folder, threads=1, resident=2) as session:
+        first = session.run(fed, ["sentiment"] * 4)
+        session.add_task(folder / session.manifest.tasks["topic"].adapter, "sentiment", replace=True)
+        second = session.run(fed, ["sentiment"] * 4)
+        same(session, fed, second, [(i, "topic") for i in range(4)])
+        assert first[0]["logits"].shape == (2,)
+        session.remove_task("sentiment")
+        with pytest.raises(SpecError, match="no task 'sentiment'"):
+            session.run(fed, ["sentiment"] * 4)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "rows", "kind", "said"),
+    [
+        (["topic"], None, DataError, "1 tasks for 4 texts"),
+        (["topic", "topik", None, None], None, SpecError, "no task 'topik'.*\n.*\n.*topic"),
+        ([["topic"], "topic", None, None], None, SpecError, "one a row, or a list of them"),
+        ([["topic"]], None, DataError, "1 lists of tasks for 4 texts"),
+        ([[], [], [], []], None, DataError, "no rows"),
+        ([], [], DataError, "no rows"),
+        (["topic"], [4], DataError, "rows are numbers of texts"),
+        (["topic"], [-1], DataError, "rows are numbers of texts"),
+        (["topic"], [0.5], DataError, "rows are numbers of texts"),
+        (["topic", None], [0], DataError, "2 tasks for 1 rows"),
+        ("topic", [0], SpecError, "rows need a task each"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(tasks, rows, kind, said, served):
+    folder, fed = served
+    with surgeon.Session(folder, threads=1) as session, pytest.raises(kind, match=said):
+        session.run(fed, tasks, rows=rows)
+
+
+def test_a_build_without_the_mode_says_so(lab, tmp_path):
+    build = lab.operate(lab.base("bert"), {"lora": {"rank": 2}}).save(tmp_path / "build")
+    fed = {n: t.numpy() for n, t in lab.feed(lab.base("bert"), 1, 5).items()}
+    with surgeon.Session(build) as session, pytest.raises(SpecError, match=r"modes: \[switch, mixed\]"):
+        session.run(fed, ["a"])
+
+
+@pytest.mark.parametrize("bounds", [{"resident": 0}, {"resident": -1}, {"resident_bytes": 0}], ids=str)
+def test_bounds_are_numbers_from_one(bounds, served):
+    with pytest.raises(SpecError, match="resident"):
+        surgeon.Session(served[0], **bounds)
