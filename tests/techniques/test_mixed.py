@@ -1,4 +1,4 @@
-"""Rows of several tasks in one batch, and several tasks a text, answer as each task alone does: any technique, any base."""
+"""Rows of several tasks in one batch, and several tasks a text, answer as each task alone: any technique, any base."""
 
 from __future__ import annotations
 
@@ -159,7 +159,8 @@ def test_onnx_runtime_gives_every_row_its_task(served):
 def test_at_equal_rank_a_row_is_the_single_run_to_the_bit(served):
     folder, fed = served
     with surgeon.Session(folder, threads=1) as session:
-        same(session, fed, session.run(fed, ["sentiment", "spam"] * 2), list(enumerate(["sentiment", "spam"] * 2)), True)
+        tasks = ["sentiment", "spam"] * 2
+        same(session, fed, session.run(fed, tasks), list(enumerate(tasks)), equal=True)
 
 
 def test_the_second_graph_holds_no_weights_of_its_own(served):
