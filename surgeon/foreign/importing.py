@@ -12,7 +12,7 @@ from surgeon.base import Base
 from surgeon.build import check_writable
 from surgeon.compiler import Compiled, load, passes, study
 from surgeon.errors import DeltaError, SpecError, did_you_mean
-from surgeon.foreign import adapterhub, peft
+from surgeon.foreign import adapterhub, adapterhub_fusion, peft
 from surgeon.foreign.checking import check
 from surgeon.foreign.completing import complete
 from surgeon.foreign.pieces import Checkpoint
@@ -44,6 +44,8 @@ def read(folder: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
     folder = Path(folder)
     if peft.reads(folder):
         return peft.read(folder, allow_pickle=allow_pickle)
+    if adapterhub_fusion.reads(folder):
+        return adapterhub_fusion.read(folder, allow_pickle=allow_pickle)
     if adapterhub.reads(folder):
         return adapterhub.read(folder, allow_pickle=allow_pickle)
     inner = sorted(p.parent.name for p in folder.glob(f"*/{peft.CONFIG}")) if folder.is_dir() else []

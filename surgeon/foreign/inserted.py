@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from surgeon.errors import DeltaError
-from surgeon.foreign.meaning import steps
-from surgeon.foreign.pieces import Bottleneck, Prefix, Prompt, Shared
+from surgeon.foreign.meaning import steps, times
+from surgeon.foreign.pieces import Bottleneck, Fused, Prefix, Prompt, Shared
 from surgeon.foreign.sites import check_entry, form, join_at, stack_of
 from surgeon.passes.columns import biased
 from surgeon.passes.slices import gather
+from surgeon.passes.trained_adapters import MARK, Source, stacked
+
+FUSION = (
+    *("adapter.down.weight", "adapter.down.bias", "adapter.up.weight", "adapter.up.bias", "adapter.index"),
+    *("query.weight", "query.bias", "key.weight", "key.bias", "value.weight"),
+)
+"""What a task of `fusion` holds at a join."""
 
 if TYPE_CHECKING:
     from surgeon.foreign.placing import Placing
@@ -87,6 +96,28 @@ def bottleneck(task: Placing, piece: Bottleneck) -> None:
     for delta, weight, scaled in zip(deltas, piece.weights, (False, False, True, True), strict=True):
         if delta is not None:
             task.put(delta, weight * ratio if scaled and ratio != 1 else weight)
+
+
+def fused(task: Placing, piece: Fused) -> None:
+    """The adapters at a join side by side, and the fusion's Q, K and V."""
+    join = join_at(task.program.anatomy, piece.path, task.where)
+    names = {part: f"{join.path}.fusion.{part}" for part in FUSION}
+    own = [s for s in steps(task.compiled, "fusion") if {s.activation} == {a.activation for a in piece.adapters}]
+    if not own or any(name not in task.ledger.trained for name in names.values()):
+        activations = " and ".join(sorted({a.activation for a in piece.adapters}))
+        raise task.lacking(f"adapters with {activations}", piece.path, "fusion")
+    parts = ("down.weight", "down.bias", "up.weight", "up.bias")
+    sources = []
+    for adapter in piece.adapters:
+        down, down_bias, up, up_bias = adapter.weights
+        ratio = adapter.scale / own[0].scale
+        weights = (down, down_bias, times(up, ratio), times(up_bias, ratio))
+        named = {f"{join.path}{MARK}{part}": w for part, w in zip(parts, weights, strict=True)}
+        sources.append(Source(task.where, named))
+    frozen = stacked(sources, join, piece.value.dtype)
+    index = torch.arange(float(len(sources)))
+    filled = (*frozen, index, *piece.query, *piece.key, piece.value)
+    task.tensors |= {name: t.contiguous() for name, t in zip(names.values(), filled, strict=True)}
 
 
 def prompt(task: Placing, piece: Prompt) -> None:

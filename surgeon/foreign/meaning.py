@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from surgeon.anatomy import Projection
 from surgeon.compiler import Compiled, passes
@@ -37,3 +38,8 @@ def own_scale(ledger: Ledger, name: str, rank: int) -> float:
         b, gain = fold.fn(zero, factor.expand(-1, width), torch.ones(width, dtype=torch.float64))
         return float(b[0, 0] / (gain[0] + 1))
     return float(fold.fn(factor.T, factor[:, 0], factor)[1][0, 0])  # AdaLoRA: A, E, B
+
+
+def times(tensor: Tensor, ratio: float) -> Tensor:
+    """`tensor * ratio`, and the very tensor where the ratio is one."""
+    return tensor if ratio == 1 else (tensor.double() * ratio).to(tensor.dtype)

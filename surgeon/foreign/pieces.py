@@ -96,6 +96,20 @@ class Bottleneck:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fused:
+    """AdapterFusion of the adapters at one place: Σ sₙ · zₙ·value, s = softmax((u·query)·(zₙ·key)), as `fusion` has it.
+
+    `query` and `key` are a matrix [d, d] and a bias [d] each, `value` a matrix, which multiply from the right.
+    """
+
+    path: str
+    adapters: tuple[Bottleneck, ...]
+    query: tuple[Tensor, Tensor]
+    key: tuple[Tensor, Tensor]
+    value: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Classifier:
     """A head of two layers with tanh between them, on the first token: weight and bias of each, [out, in] and [out]."""
 
@@ -110,7 +124,7 @@ class Prompt:
     rows: Tensor
 
 
-Piece = Product | Scaling | Shared | Whole | Same | Prefix | Prompt | Bottleneck | Classifier
+Piece = Product | Scaling | Shared | Whole | Same | Prefix | Prompt | Bottleneck | Fused | Classifier
 
 
 @dataclass(frozen=True, kw_only=True)

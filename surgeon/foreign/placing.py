@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +15,9 @@ from surgeon.anatomy import Projection, Site
 from surgeon.compiler import Compiled
 from surgeon.errors import DeltaError
 from surgeon.foreign import inserted
-from surgeon.foreign.meaning import own_scale, scales_input
-from surgeon.foreign.pieces import Bottleneck, Piece, Prefix, Product, Prompt, Same, Scaling, Shared, Whole
-from surgeon.foreign.sites import module_names, projections
+from surgeon.foreign.meaning import own_scale, scales_input, times
+from surgeon.foreign.pieces import Bottleneck, Fused, Piece, Prefix, Product, Prompt, Same, Scaling, Shared, Whole
+from surgeon.foreign.sites import module_names, parameter, projections
 from surgeon.ledger import Delta
 
 
@@ -51,6 +50,8 @@ class Placing:
                 inserted.prompt(self, piece)
             case Bottleneck():
                 inserted.bottleneck(self, piece)
+            case Fused():
+                inserted.fused(self, piece)
             case _:
                 raise TypeError(type(piece).__name__)
 
@@ -179,7 +180,7 @@ class Placing:
             if head is not None and own is not None and piece.name in module_names(model, own):
                 self.put(head, piece.tensor.T if leaf == "weight" and not site.in_first else piece.tensor)
                 return
-        owners = [n for n, p in model.named_parameters(remove_duplicate=False) if p is _parameter(model, piece.name)]
+        owners = [n for n, p in model.named_parameters(remove_duplicate=False) if p is parameter(model, piece.name)]
         if len(owners) > 1:
             what = f"{' and '.join(owners)} are one tensor of the base, and the file has made two of it"
             raise DeltaError(what, where=self.where, try_="train without it in `modules_to_save`")
@@ -204,7 +205,7 @@ class Placing:
                 raise self.lacking(f"the bias of {site.role}", site.path, "bitfit")
 
     def _same(self, piece: Same) -> None:
-        own = _parameter(self.compiled.base.model, piece.name)
+        own = parameter(self.compiled.base.model, piece.name)
         if own is None or not own.detach().equal(piece.tensor.to(own.dtype)):
             raise DeltaError(
                 f"the file's copy of {piece.name} is not the base's",
@@ -212,15 +213,6 @@ class Placing:
                 there_is="no such tensor in the base" if own is None else f"a base of shape {list(own.shape)}",
                 try_="it was trained on another base",
             )
-
-
-def _parameter(model: Any, name: str) -> Any:
-    return dict(model.named_parameters(remove_duplicate=False)).get(name)
-
-
-def times(tensor: Tensor, ratio: float) -> Tensor:
-    """`tensor * ratio`, and the very tensor where the ratio is one."""
-    return tensor if ratio == 1 else (tensor.double() * ratio).to(tensor.dtype)
 
 
 def sliced(piece: Product, features: list[int]) -> Product:

@@ -11,7 +11,7 @@ from surgeon.anatomy import Anatomy, Projection
 from surgeon.base import Base
 from surgeon.errors import DeltaError
 from surgeon.foreign.pieces import Checkpoint, Classifier, Piece, Same, Shared, Whole
-from surgeon.foreign.sites import projections
+from surgeon.foreign.sites import parameter, projections
 from surgeon.passes.vera import drawn, shared_size
 
 TANH = (torch.ops.aten.tanh.default,)
@@ -35,7 +35,7 @@ def _settled(piece: Piece, checkpoint: Checkpoint, base: Base, anatomy: Anatomy)
     if isinstance(piece, Classifier):
         yield from _classifier(piece, checkpoint, anatomy)
     elif isinstance(piece, Whole) and not base.head.endswith("-classification"):
-        own = dict(base.model.named_parameters(remove_duplicate=False)).get(piece.name)
+        own = parameter(base.model, piece.name)
         same = own is not None and own.shape == piece.tensor.shape and own.detach().equal(piece.tensor.to(own.dtype))
         yield Same(name=piece.name, tensor=piece.tensor) if same else piece
     else:

@@ -50,6 +50,12 @@ def module_names(model: Any, parameter: str) -> list[str]:
     ]
 
 
+def parameter(model: Any, name: str) -> torch.Tensor | None:
+    """A parameter or a buffer of the base, by any of its names."""
+    named = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+    return named.get(name)
+
+
 def join_at(anatomy: Anatomy, path: str, where: str) -> Join:
     """The join of the sublayer that ends in the module at `path`, or beside which AdapterHub has put one of its own."""
     parent, _, leaf = path.rpartition(".")

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from surgeon.anatomy import Anatomy, Attention, Embedding, Join, Norm, Projection, Selector, Site, select
 from surgeon.base import Base
 from surgeon.errors import DeltaError, SpecError
-from surgeon.foreign.pieces import Bottleneck, Checkpoint, Piece, Prefix, Product, Prompt, Scaling, Shared, Whole
+from surgeon.foreign.pieces import Bottleneck, Checkpoint, Fused, Piece, Prefix, Product, Prompt, Scaling, Shared, Whole
 from surgeon.foreign.sites import form, join_at, module_names, projections, stack_of
 
 S = TypeVar("S", bound=Site)
@@ -25,16 +25,8 @@ HEAD = ("head.out", "head.dense")
 def union(checkpoints: Mapping[str, Checkpoint], base: Base, anatomy: Anatomy) -> dict[str, Any]:
     """`surgery` and `tasks` of a spec for these checkpoints. Raises SpecError where no graph holds them all."""
     view = _View(checkpoints, base, anatomy)
-    steps = (
-        view.prompt(),
-        view.prefix(),
-        *view.lora(),
-        view.vera(),
-        view.ia3(),
-        view.adapter(),
-        *view.parameters(),
-        view.head(),
-    )
+    inserted = (view.prompt(), view.prefix(), *view.lora(), view.vera(), view.ia3(), view.adapter(), view.fusion())
+    steps = (*inserted, *view.parameters(), view.head())
     return {"surgery": [step for step in steps if step], "tasks": {task: view.task(task) for task in checkpoints}}
 
 
@@ -149,6 +141,12 @@ class _View:
             raise SpecError(f"ia3 scales the input of {min(both)} in one folder and its output in another")
         if not found:
             return None
+        if down := [s.label for inside, s in found if not inside and s.role.endswith(".down")]:
+            raise SpecError(
+                f"ia3 scales the output of {down[0]} in these folders",
+                there_is="`ia3` scales what a projection that leads down takes, as the paper does",
+                try_="train it again with `ia3`; of a Llama, AdapterHub's IA3 is not the paper's",
+            )
         inward = self.where([site for inside, site in found if inside], Projection)
         options = {"where": self.where([s for _, s in found], Projection)}
         return {"ia3": options | ({"inputs": inward} if inward else {})}
@@ -169,6 +167,26 @@ class _View:
         options = {"bottleneck": max(len(p.weights[1]) for p, _ in found), "scale": scale, "norms": False}
         joins = self.where([join for _, join in found], Join)
         return {"adapter": options | {"placement": placement, "activation": activation, "where": joins}}
+
+    def fusion(self) -> dict[str, Any] | None:
+        found = list(self.pieces(Fused))
+        if not found:
+            return None
+        adapters = [adapter for p, _ in found for adapter in p.adapters]
+        activations = {adapter.activation for adapter in adapters}
+        if len(activations) > 1:
+            raise SpecError(
+                "the fused adapters have different activations", there_is=sorted(activations), try_="one build for each"
+            )
+        return {
+            "fusion": {
+                "of": max(2, *(len(p.adapters) for p, _ in found)),
+                "bottleneck": max(len(adapter.weights[1]) for adapter in adapters),
+                "activation": activations.pop(),
+                "scale": Counter(adapter.scale for adapter in adapters).most_common(1)[0][0],
+                "where": self.where([join_at(self.anatomy, p.path, folder) for p, folder in found], Join),
+            }
+        }
 
     def parameters(self) -> Iterator[dict[str, Any]]:
         """Norms and biases that belong to a task."""

@@ -15,12 +15,19 @@ from surgeon.foreign import import_build
 from surgeon.foreign.importing import read
 
 FIXTURES = Path(__file__).parent / "fixtures"
-CASES = sorted(p.name for p in FIXTURES.iterdir() if "-" in p.name and p.name != "llama-par_bn")
+REFUSED = ("llama-ia3", "llama-par_bn", "t5-prefix")
+CASES = sorted(p.name for p in FIXTURES.iterdir() if "-" in p.name and p.name not in REFUSED)
+HEADS = {"bert": "sequence-classification", "t5": "seq2seq-lm", "bart": "seq2seq-lm"}
+FED = ("input_ids", "attention_mask", "decoder_input_ids")
 
 
 def base_of(case):
     kind = case.partition("-")[0]
-    return FIXTURES / kind, "sequence-classification" if kind == "bert" else "causal-lm"
+    return FIXTURES / kind, HEADS.get(kind, "causal-lm")
+
+
+def asked(oracle):
+    return {name: oracle[name] for name in FED if name in oracle}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -28,7 +35,7 @@ def test_an_adapter_answers_as_in_adapterhub(case, foundry, compare):
     base, head = base_of(case)
     oracle = load_file(FIXTURES / case / "oracle.safetensors")
     compiled = foundry.compile(base, head, a=FIXTURES / case)
-    fed = {name: oracle[name] for name in ("input_ids", "attention_mask")}
+    fed = asked(oracle)
     found, wanted = compare.answers(compiled.model("a").eval(), fed), oracle["logits"].numpy()
     if head == "causal-lm":  # a padded row's own answer is nobody's
         shown = oracle["attention_mask"].bool().numpy()
@@ -40,12 +47,98 @@ def test_an_adapter_answers_as_in_adapterhub(case, foundry, compare):
 
 def test_folders_of_both_libraries_are_one_build(compare, tmp_path):
     """On ONNX Runtime; each with its own technique, width and head."""
-    cases = ["bert-seq_bn", "bert-flex_head", "bert-lora", "bert-prefix"]
+    cases = [
+        "bert-seq_bn",
+        "bert-flex_head",
+        "bert-lora",
+        "bert-prefix",
+        "bert-fusion",
+        "bert-static_fusion",
+        "bert-ia3",
+    ]
     import_build({case: FIXTURES / case for case in cases}, str(FIXTURES / "bert"), tmp_path / "build")
     for case in cases:
         oracle = load_file(FIXTURES / case / "oracle.safetensors")
-        fed = {name: oracle[name] for name in ("input_ids", "attention_mask")}
+        fed = asked(oracle)
         assert compare.gap(compare.served(tmp_path / "build", case, fed), oracle["logits"].numpy()) <= 1e-5
+
+
+def test_ia3_behind_the_feed_forward_is_not_the_papers(foundry):
+    with pytest.raises(SpecError, match=r"output of decoder/ffn\.down@0"):
+        foundry.compile(*base_of("llama-ia3"), a=FIXTURES / "llama-ia3")
+
+
+def test_a_prefix_whose_keys_have_a_bias_by_distance_is_refused(foundry):
+    with pytest.raises(DeltaError, match="bias by distance"):
+        foundry.compile(*base_of("t5-prefix"), a=FIXTURES / "t5-prefix")
+
+
+def test_encoder_decoders_answer_on_onnx_runtime(compare, tmp_path):
+    """Adapters beside cross-attention, products, and prefixes of three kinds of attention, in one build."""
+    cases = ["bart-cross_bn", "bart-lora", "bart-prefix"]
+    import_build({case: FIXTURES / case for case in cases}, str(FIXTURES / "bart"), tmp_path / "build")
+    for case in cases:
+        oracle = load_file(FIXTURES / case / "oracle.safetensors")
+        assert compare.gap(compare.served(tmp_path / "build", case, asked(oracle)), oracle["logits"].numpy()) <= 1e-5
+
+
+def test_the_layers_of_a_fusion_find_their_adapters_beside_them(copied, foundry):
+    """As `save_adapter_fusion` and `save_all_adapters` leave them. AdapterHub writes the head where one asks for it."""
+    folder = copied("bert-fusion")
+    (folder / "adapter_setup.json").unlink()
+    with pytest.raises(DeltaError, match="the head that was trained with the fusion is not there"):
+        read(folder / "one,two")
+    for path in folder.glob("*head*"):
+        path.rename(folder / "one,two" / path.name)
+    found = read(folder / "one,two").pieces
+    assert len(found) == len(read(FIXTURES / "bert-fusion").pieces) == 2 + 2
+    foundry.compile(*base_of("bert-fusion"), a=folder / "one,two")
+
+
+def setup(folder, kind):
+    path = folder / "adapter_setup.json"
+    path.write_text(path.read_text().replace("Fuse", kind))
+
+
+def option(folder, **changes):
+    path = folder / "one,two" / "adapter_fusion_config.json"
+    config = json.loads(path.read_text())
+    config["config"] |= changes
+    path.write_text(json.dumps(config))
+
+
+def layers(folder, change):
+    path = folder / "one,two" / "model_adapter_fusion.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+FIRST = "bert.encoder.layer.0.output.adapter_fusion_layer.one,two."
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda f: shutil.rmtree(f / "two"), "the fused adapter 'two' is not there"),
+        (lambda f: setup(f, "Stack"), "only a setup that fuses"),
+        (lambda f: option(f, temperature=True), "temperature"),
+        (lambda f: option(f, query_before_ln=True), "query_before_ln"),
+        (lambda f: option(f, value=False), "other parts"),
+        (lambda f: option(f, brand_new=1), "brand_new"),
+        (lambda f: layers(f, lambda t: t.pop(FIRST + "key.bias")), "other parts"),
+        (lambda f: layers(f, lambda t: t[FIRST + "key.bias"].fill_(float("nan"))), "NaN"),
+        (lambda f: layers(f, lambda t: t.update({"x.adapter_fusion_layer.one.key.bias": torch.ones(1)})), "no fusion"),
+        (lambda f: layers(f, lambda t: [t.pop(n) for n in list(t) if n.startswith(FIRST)]), "other places"),
+        (lambda f: (f / "head_config.json").unlink(), "the head that was trained"),
+        (lambda f: shutil.copytree(FIXTURES / "bert-double_seq_bn", f / "two", dirs_exist_ok=True), "cannot be fused"),
+    ],
+)
+def test_no_fusion_is_read_in_part(damage, says, copied):
+    folder = copied("bert-fusion")
+    damage(folder)
+    with pytest.raises(DeltaError, match=says):
+        read(folder)
 
 
 def test_a_parallel_adapter_before_the_norm_is_another_one(foundry):
@@ -80,7 +173,12 @@ def test_a_pickle_is_read_behind_a_flag_alone(copied):
     ("case", "change", "says"),
     [
         ("bert-seq_bn", {"use_gating": True}, "use_gating"),
-        ("bert-seq_bn", {"phm_layer": True}, "phm_layer"),
+        ("bert-seq_bn", {"phm_layer": True}, "phm_rule"),
+        ("bert-compacter", {"shared_W_phm": True}, "shared_W_phm"),
+        ("bert-compacter", {"phm_layer": False}, "other parts"),
+        ("bert-ia3", {"composition_mode": "add"}, "no LoRA"),
+        ("bert-lora", {"composition_mode": "scale"}, "no vector of IA3"),
+        ("bert-seq_bn", {"architecture": "prompt_tuning"}, "prompt_tuning"),
         ("bert-seq_bn", {"non_linearity": "gelu_new"}, "gelu_new"),
         ("bert-seq_bn", {"architecture": "reft"}, "reft"),
         ("bert-seq_bn", {"brand_new": 3}, "brand_new"),
