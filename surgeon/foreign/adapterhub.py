@@ -56,7 +56,7 @@ def read(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
     labels: tuple[str, ...] | None = None
     if (folder / HEAD).is_file():
         own, kind, labels = read_head(folder, allow_pickle=allow_pickle)
-        # Of a model whose inner part has no name, such as T5, AdapterHub takes the pool of a prefix for a head's tensor.
+        # Of a model whose inner part has no name, as T5's, AdapterHub takes the pool of a prefix for a head's tensor.
         own = [p for p in own if not (isinstance(p, Whole) and p.name in tensors and p.tensor.equal(tensors[p.name]))]
         pieces, head = [*pieces, *own], kind or head
     return Checkpoint(
