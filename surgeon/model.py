@@ -14,6 +14,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 
 from surgeon.errors import DeltaError, shorten
 from surgeon.ledger import Ledger, Start, initial
+from surgeon.packing import packed
 from surgeon.probes import Probe, Reader
 from surgeon.trace import Input
 
@@ -35,6 +36,7 @@ class TaskModel(nn.Module):
     """
 
     _graph: fx.GraphModule
+    _twin: fx.GraphModule | None
     accepts_loss_kwargs = False
     """Tells `transformers.Trainer` that the loss is a mean over the batch."""
 
@@ -65,6 +67,7 @@ class TaskModel(nn.Module):
                 module._modules[node.target] = copy.copy(module._modules[node.target])
         # The graph runs unregistered while its children and tensors are registered here, under the names of the ledger.
         object.__setattr__(self, "_graph", module)
+        object.__setattr__(self, "_twin", None)
         self._modules = module._modules
         self._parameters = module._parameters
         self._buffers = module._buffers
@@ -109,12 +112,18 @@ class TaskModel(nn.Module):
         labels: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
+        texts: Tensor | None = None,
     ) -> Any:
-        """The base's output for the task. Absent masks and token types are filled as the base would."""
+        """The base's output for the task. Absent masks and token types are filled as the base would.
+
+        `texts` takes the mask's place where a row holds several: the number of each position's text, 0 for none.
+        """
+        if texts is not None:
+            attention_mask = texts
         names = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
         values = (input_ids, attention_mask, token_type_ids, decoder_input_ids)
         given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
-        output = self._run(self._complete(given, labels))
+        output = self._run(self._complete(given, labels), self._graph if texts is None else self._packed)
         targets = {"labels": labels, "start_positions": start_positions, "end_positions": end_positions}
         if any(value is not None for value in targets.values()):
             given_targets = {name: _as_often(value, output) for name, value in targets.items() if value is not None}
@@ -124,12 +133,20 @@ class TaskModel(nn.Module):
             output = type(output)(loss=loss, **{k: v for k, v in output.items() if k != "loss"})
         return output
 
-    def _run(self, inputs: Mapping[str, Tensor]) -> Any:
+    def _run(self, inputs: Mapping[str, Tensor], graph: fx.GraphModule) -> Any:
         if not self._replaced and not self._dropped:
-            return self._graph(**inputs)
+            return graph(**inputs)
         deployed = self.deployed()
         replaced = {n: deployed[n] for n in self._replaced} | self._dropped
-        return functional_call(self._graph, replaced, (), dict(inputs))
+        return functional_call(graph, replaced, (), dict(inputs))
+
+    @property
+    def _packed(self) -> fx.GraphModule:
+        """The graph for rows of several texts; made when it is first asked for."""
+        if self._twin is None:
+            object.__setattr__(self, "_twin", packed(self._graph))
+        assert self._twin is not None
+        return self._twin
 
     def look(self, **inputs: Tensor) -> list[tuple[Probe, Tensor]]:
         """The values that passes marked, for these inputs: how much each fused adapter weighs, say."""

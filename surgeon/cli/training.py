@@ -54,6 +54,9 @@ def train(
     gradient_accumulation: Annotated[
         int | None, typer.Option("--gradient-accumulation", help="Batches to a step. [1]")
     ] = None,
+    packing: Annotated[
+        bool | None, typer.Option("--packing", help="Put several short texts in a row, each read as if alone.")
+    ] = None,
     checkpoint_steps: Annotated[
         int | None, typer.Option("--checkpoint-steps", help="Steps between checkpoints; there is one after each epoch.")
     ] = None,
@@ -94,6 +97,7 @@ def train(
         "best_by": best_by,
         "grad_clip": grad_clip,
         "gradient_accumulation": gradient_accumulation,
+        "packing": packing,
         "checkpoint_steps": checkpoint_steps,
         "threads": threads,
     }

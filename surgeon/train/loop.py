@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,10 @@ def train_task(
             encode(model, tokenizer, train_rows, length),
             encode(model, tokenizer, validation_rows, length) if validation_rows else [],
             kind.padding(model, tokenizer),
+            options.packing,
         )
+        if options.packing:
+            check_packing(model, data)
         identity = identify(model, train_rows, validation_rows, options, processes)
         processes.agree(identity)
         run = Run(model, options, data, identity, processes)
@@ -82,6 +86,25 @@ def train_task(
                     clear_checkpoints(checkpoint_dir)
                 raise
             return run.finish(found)
+
+
+def check_packing(model: TaskModel, data: Data) -> None:
+    """Raise SpecError where texts that share a row do not get the loss they get alone."""
+    few = sorted(data.examples, key=lambda e: len(e.input_ids))[:4]
+    device, mode = next(model.parameters()).device, model.training
+    length = sum(len(e.input_ids) for e in few)
+    model.eval()
+    with torch.no_grad():
+        alone = float(model(**data.kind.batch(few, data.pad, device)).loss)
+        together = float(model(**data.kind.packed(few, data.pad, device, length)).loss)
+    model.train(mode)
+    exact = next(model.parameters()).dtype == torch.float32
+    if not math.isclose(alone, together, rel_tol=2e-5 if exact else 1e-2, abs_tol=1e-5):
+        raise SpecError(
+            "rows cannot be packed: with this base and surgery a text that shares its row is read otherwise than alone",
+            there_is=f"loss alone: {alone:.6g}; packed: {together:.6g}",
+            try_="without packing",
+        )
 
 
 @contextmanager

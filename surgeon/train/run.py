@@ -83,6 +83,12 @@ class Data(NamedTuple):
     examples: list[Example]
     held: list[Example]
     pad: int
+    packing: bool = False
+
+    def batch(self, examples: list[Example], device: torch.device) -> dict[str, Tensor]:
+        """What the model is trained on at a time."""
+        make = self.kind.packed if self.packing else self.kind.batch
+        return make(examples, self.pad, device)
 
 
 class Run:
@@ -177,7 +183,7 @@ class Run:
         total = 0.0
         for batch in filter(None, map(self.processes.own, batches)):
             weight = sum(map(learned, batch)) / labels
-            loss = self.model(**self.data.kind.batch(batch, self.data.pad, device)).loss * weight
+            loss = self.model(**self.data.batch(batch, device)).loss * weight
             loss.backward()
             total += loss.item()
         if self.processes.count == 1:

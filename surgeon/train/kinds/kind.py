@@ -92,6 +92,12 @@ class Kind(ABC, Generic[R]):
         arrays |= self.targets(examples, length)
         return {name: torch.tensor(values, device=device) for name, values in arrays.items()}
 
+    def packed(
+        self, examples: Sequence[Example], pad: int, device: torch.device, length: int | None = None
+    ) -> dict[str, Tensor]:
+        """Several texts in a row of `length`, or as long as the longest. Raises SpecError where none can."""
+        raise SpecError("rows of this task are not packed: each has an answer of its own", try_="without packing")
+
 
 class Room(NamedTuple):
     """What a model leaves a row: tokens to keep, whether it takes token types, and the id that ends a text."""

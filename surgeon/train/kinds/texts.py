@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from surgeon.errors import DataError
@@ -118,6 +119,21 @@ class Causal(Texts):
         types = [0] * len(kept) if room.typed else None
         return Example(ids[: room.length], types, kept, cut=len(ids) > room.length)
 
+    def packed(
+        self, examples: Sequence[Example], pad: int, device: torch.device, length: int | None = None
+    ) -> dict[str, Tensor]:
+        """Rows of several texts, as `TaskModel` takes them; the sum over their labels is what it is without."""
+        length = length or max(len(e.input_ids) for e in examples)
+        rows = bins(examples, length)
+        arrays = {
+            "input_ids": [filled([i for e in row for i in e.input_ids], length, pad) for row in rows],
+            "texts": [filled([n for n, e in enumerate(row, 1) for _ in e.input_ids], length, 0) for row in rows],
+            "labels": [filled([i for e in row for i in e.labels], length, IGNORED) for row in rows],
+        }
+        if all(e.token_type_ids is not None for e in examples):
+            arrays["token_type_ids"] = [[0] * length for _ in rows]
+        return {name: torch.tensor(values, device=device) for name, values in arrays.items()}
+
     def targets(self, examples: Sequence[Example], length: int) -> Mapping[str, list[Any]]:
         """Labels `[rows, length]`; the loss shifts them."""
         return {"labels": [filled(example.labels, length, IGNORED) for example in examples]}
@@ -167,3 +183,18 @@ class SequenceToSequence(Texts):
     def judged(self, output: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Each token foretold from the prompt and those before it."""
         return output.logits.argmax(-1) == batch["labels"], batch["labels"] != IGNORED
+
+
+def bins(examples: Sequence[Example], length: int) -> list[list[Example]]:
+    """Examples in as few rows of at most `length` tokens as first fit, the longest first, needs."""
+    rows: list[list[Example]] = []
+    left: list[int] = []
+    for example in sorted(examples, key=lambda e: -len(e.input_ids)):
+        size = len(example.input_ids)
+        place = next((i for i, room in enumerate(left) if room >= size), len(rows))
+        if place == len(rows):
+            rows.append([])
+            left.append(length)
+        rows[place].append(example)
+        left[place] -= size
+    return rows
