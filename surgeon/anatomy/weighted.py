@@ -51,6 +51,8 @@ def _weighted(facts: Facts, node: Node) -> WeightedOp | None:
         (operand, factor), weight_last = node.args[1], True
     else:
         return None
+    if op in {"matmul", "mm", "bmm"} and isinstance(operand, Node) and operand in _chosen(facts, operand):
+        operand, factor, weight_last = factor, operand, False  # experts that stand on the left, before columns
     if (
         not isinstance(operand, Node)
         or not isinstance(factor, Node)
@@ -84,7 +86,10 @@ def _call_site(
         ends = (sizes[0], sizes[1])
     in_features, out_features = ends if in_first else ends[::-1]
     bias = _inner_bias(facts, node, out_features)
-    source, output, bias = _unfold(facts, operand, node, bias, out_features)
+    if weight_last or op not in PRODUCTS:
+        source, output, bias = _unfold(facts, operand, node, bias, out_features)
+    else:
+        source, output = _columns(facts, operand, node)
     return WeightedOp(
         node=node,
         input=source,
@@ -108,6 +113,14 @@ def _inner_bias(facts: Facts, node: Node, features: int) -> Node | None:
     if (op == "linear" or op in CONVOLUTIONS) and len(node.args) > 2:
         return facts.vector(node.args[2], features)
     return None
+
+
+def _columns(facts: Facts, operand: Node, node: Node) -> tuple[Node, Node]:
+    """Input and output as rows, where a weight on the left meets them as columns `[N, features, 1]`."""
+    user = facts.only_user(node)
+    raised = facts.op[operand] == "unsqueeze" and width(operand) == 1
+    lowered = user is not None and facts.op[user] == "squeeze" and rank(user) == rank(node) - 1
+    return (facts.inputs[operand][0] if raised else operand), (user if lowered and user else node)
 
 
 def _unfold(

@@ -1,0 +1,201 @@
+"""One case, from a configuration to ONNX Runtime: what works of it, and why not what does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor, fx
+from transformers import PreTrainedModel
+
+from surgeon.anatomy import Anatomy, find, summary
+from surgeon.base import open_base
+from surgeon.base.opening import Base
+from surgeon.compiler import Compiled, begin, passes
+from surgeon.exporters.onnx import OnnxExporter
+from surgeon.model import TaskModel
+from surgeon.module import copied
+from surgeon.pipeline import run_passes
+from surgeon.spec import read_spec
+from surgeon.trace import trace
+from sweep.cases import Case, base
+from sweep.oracle import faults
+
+TECHNIQUES = ("lora", "bitfit", "adapter", "prefix")
+SHAPES = ((3, 11, 4), (1, 5, 0), (2, 20, 3))
+"""Batch, tokens, and how many of the first row's are padding; none of them the trace's."""
+BAR = 1e-4
+Notes = dict[str, Any]
+
+
+def read(case: Case, notes: Notes) -> tuple[PreTrainedModel, fx.GraphModule, Anatomy]:
+    """The cheap part: trace, anatomy and its oracle."""
+    notes["step"] = "build"
+    model = base(case)
+    notes["step"] = "trace"
+    graph_module = trace(model)
+    notes["step"] = "anatomy"
+    anatomy = find(graph_module)
+    notes["summary"] = summary(anatomy)
+    notes["step"] = "oracle"
+    notes["faults"] = faults(model, graph_module, anatomy)
+    return model, graph_module, anatomy
+
+
+def reading(case: Case, notes: Notes) -> None:
+    """`read`, with what stops it as the cause."""
+    try:
+        read(case, notes)
+        if notes["faults"]:
+            notes["cause"] = f"anatomy: {notes['faults'][0]}"
+    except Exception as error:
+        notes["cause"] = f"{notes['step']}: {cause(error)}"
+
+
+def chain(case: Case, notes: Notes) -> None:
+    """Everything: all techniques in one graph, in torch and in ONNX Runtime; each alone where that does not work."""
+    try:
+        model, graph_module, anatomy = read(case, notes)
+    except Exception as error:
+        notes["cause"] = f"{notes['step']}: {cause(error)}"
+        return
+    opened, items = open_base(model), surgery(anatomy)
+    verdict = {name: "ok" if name in items else "none" for name in TECHNIQUES}
+    notes["step"] = "surgery"
+    notes["export"] = together = _attempt(opened, graph_module, list(items.values()))
+    if together != "ok" and items:
+        notes["export"] = alone = _attempt(opened, graph_module, [])
+        if alone == "ok":
+            notes["step"] = "each technique alone"
+            verdict |= {name: _attempt(opened, graph_module, [item]) for name, item in items.items()}
+            if all(said in {"ok", "none"} for said in verdict.values()):
+                notes["export"] = f"each technique works alone, all together do not: {together}"
+        else:
+            verdict = dict.fromkeys(items, "not tried") | {n: v for n, v in verdict.items() if v == "none"}
+    notes["techniques"] = verdict
+    notes["step"] = "done"
+    bad = [f"anatomy: {notes['faults'][0]}"] if notes["faults"] else []
+    bad += [f"export: {notes['export']}"] if notes["export"] != "ok" else []
+    bad += [f"{name}: {said}" for name, said in verdict.items() if said not in {"ok", "none", "not tried"}]
+    if bad:
+        notes["cause"] = bad[0]
+
+
+def surgery(anatomy: Anatomy) -> dict[str, dict[str, Any]]:
+    """The techniques that there is something for in this model, as items of a spec."""
+    roles = {p.role for p in anatomy.projections}
+    found: dict[str, dict[str, Any]] = {}
+    if where := sorted(roles & {"attention.query", "attention.value", "attention.output", "mixer"}):
+        pair = [r for r in ("attention.query", "attention.value") if r in where]
+        found["lora"] = {"lora": {"rank": 3, "where": pair or where}}
+    if any(site.bias for site in (*anatomy.projections, *anatomy.norms) if site.role != "head.out"):
+        found["bitfit"] = {"bitfit": {}}
+    if joins := sorted({j.role for j in anatomy.joins}):
+        found["adapter"] = {"adapter": {"bottleneck": 5, "where": joins, "norms": False}}
+    if anatomy.attentions:
+        found["prefix"] = {"prefix": {"length": 3}}
+    return found
+
+
+def _attempt(opened: Base, graph_module: fx.GraphModule, items: list[Mapping[str, Any]]) -> str:
+    """`ok`, or why surgery does not work."""
+    try:
+        compiled = _operate(opened, graph_module, items)
+        return _in_torch(compiled) or _in_onnx_runtime(compiled) or "ok"
+    except Exception as error:
+        return cause(error)
+
+
+def cause(error: BaseException) -> str:
+    """The reason in one line."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line}"[:300]
+
+
+def _operate(opened: Base, graph_module: fx.GraphModule, items: list[Mapping[str, Any]]) -> Compiled:
+    spec = read_spec({"surgery": items, "tasks": {"a": {}}})
+    return Compiled(spec, opened, run_passes(begin(opened, copied(graph_module)), list(passes(spec))))
+
+
+def _in_torch(compiled: Compiled) -> str | None:
+    """Born as the base, prefixes of no length in front; and another model once the deltas have moved."""
+    model, ours = compiled.base.model, compiled.model("a").eval()
+    given = feed(model, *SHAPES[0])
+    with torch.no_grad():
+        wanted = model(**given).logits
+        born = ours.state_dict()
+        ours.load_state_dict({name: _without_prefix(ours, name, t) for name, t in born.items()})
+        if (gap := _gap(ours(**given).logits, wanted)) > 1e-5:
+            return f"a fresh task is not the base: {gap:.1e} off"
+        ours.load_state_dict(born)
+        if born and _gap(_moved(ours)(**given).logits, wanted) < 1e-4:
+            return "trained deltas change nothing"
+    return None
+
+
+def _without_prefix(model: TaskModel, name: str, tensor: Tensor) -> Tensor:
+    free = model.ledger.free(name)
+    for axis, symbol in free.items():
+        if symbol.startswith("prefix.length"):
+            tensor = tensor.narrow(axis, 0, 0)
+    return tensor
+
+
+def _in_onnx_runtime(compiled: Compiled) -> str | None:
+    """The task and the base, each at every shape."""
+    base, ours = compiled.base.model, compiled.model("a").eval()
+    deltas = {name: t.detach().numpy() for name, t in ours.deployed().items()}
+    fills = {i.name: i.fill for i in compiled.program.inputs}
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    with TemporaryDirectory() as folder, torch.no_grad():
+        OnnxExporter().export(compiled.program, Path(folder))
+        session = ort.InferenceSession(Path(folder) / "model.onnx", options)
+        for shape in SHAPES:
+            given = feed(base, *shape)
+            seen = given["attention_mask"].bool()
+            given = {n: given.get(n, torch.full_like(given["input_ids"], fills[n] or 0)) for n in fills}
+            arrays = {n: t.numpy() for n, t in given.items()}
+            for extra, peer, who in (({}, base, "base"), (deltas, ours, "task")):
+                found = torch.from_numpy(np.asarray(session.run(["logits"], arrays | extra)[0]))
+                wanted = peer(**given).logits
+                if wanted.ndim == 3 and wanted.shape[:2] == seen.shape:  # what a padded place says is of no use
+                    found, wanted = found[seen], wanted[seen]
+                if not (gap := _gap(found, wanted)) <= BAR:
+                    return f"{who} in ONNX Runtime at {shape[0]}x{shape[1]} is {gap:.1e} off"
+    return None
+
+
+def feed(model: PreTrainedModel, batch: int, length: int, pad: int) -> dict[str, Tensor]:
+    """Ids, and a mask that hides the end of the first row."""
+    draw = torch.Generator().manual_seed(length)
+    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+    ids = torch.randint(min(3, rows - 1), min(rows, 100), (batch, length), generator=draw)
+    mask = torch.ones_like(ids)
+    ids[0, length - pad :], mask[0, length - pad :] = model.config.pad_token_id or 0, 0
+    given = {"input_ids": ids, "attention_mask": mask}
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = torch.randint(3, min(rows, 100), (batch, max(length - 3, 1)), generator=draw)
+    return given
+
+
+def _moved(model: TaskModel) -> TaskModel:
+    """Move trained tensors off their birth values."""
+    noise = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name in model.state_dict():
+            parameter = model.get_parameter(name)
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise))
+    return model
+
+
+def _gap(found: Tensor, wanted: Tensor) -> float:
+    if found.shape != wanted.shape:
+        return float("inf")
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))
