@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint sweep bench counts quality quality-fusion goldens docs clean
+.PHONY: help setup demo test lint sweep architectures bench counts quality quality-fusion goldens docs clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -31,8 +31,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-sweep: setup ## the wide and slow tests
+sweep: setup architectures ## the wide and slow tests, and every architecture (hours)
 	$(BIN)/python -m pytest -m sweep
+
+architectures: setup ## every text architecture of transformers, into ONNX Runtime; resumes; writes docs/architectures.md
+	$(BIN)/python -m sweep --jobs 2
 
 bench: setup ## latency, training, compile time and memory against the peers; writes docs/benchmarks.md
 	$(BIN)/python -m benchmarks

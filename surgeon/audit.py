@@ -89,9 +89,9 @@ def difference(compiled: Compiled, session: Session, task: str | None) -> float:
     import torch
     from torch.func import functional_call
 
-    embeddings = compiled.base.model.get_input_embeddings()
-    assert isinstance(embeddings, torch.nn.Embedding)
-    inputs = inputs_for(session.manifest, embeddings.num_embeddings)
+    from surgeon.trace import vocabulary
+
+    inputs = inputs_for(session.manifest, vocabulary(compiled.base.model))
     model = compiled.base.model if task is None else compiled.model(task)
     training = model.training
     held = {name: compiled.program.tensor(name) for name in compiled.program.stored} if task is None else {}

@@ -66,6 +66,16 @@ def sample_inputs(inputs: tuple[Input, ...], vocabulary: int, device: torch.devi
     }
 
 
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many ids there are: rows of the table of tokens, or what the configuration says where ids are hashed."""
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:  # transformers' word for a model without one table of tokens
+        table = None
+    rows = getattr(getattr(table, "weight", None), "shape", (getattr(model.config, "vocab_size", None) or 100,))
+    return int(rows[0])
+
+
 def trace(model: PreTrainedModel, inputs: tuple[Input, ...] | None = None) -> fx.GraphModule:
     """Trace `model` to a flat `GraphModule` called as the model is, with batch and sequence dynamic.
 
@@ -73,8 +83,7 @@ def trace(model: PreTrainedModel, inputs: tuple[Input, ...] | None = None) -> fx
     cannot follow the model or freezes one of its sizes.
     """
     inputs = inputs or text_inputs(model)
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
-    sample = sample_inputs(inputs, vocabulary, next(model.parameters()).device)
+    sample = sample_inputs(inputs, vocabulary(model), next(model.parameters()).device)
     training = model.training
     with _traceable(model), _quiet():
         try:
@@ -88,7 +97,7 @@ def trace(model: PreTrainedModel, inputs: tuple[Input, ...] | None = None) -> fx
             )
         except Exception as error:
             raise TraceError(
-                f"torch.export cannot trace {type(model).__name__}: {str(error).strip().splitlines()[0]}",
+                f"torch.export cannot trace {type(model).__name__}: {_reason(error)}",
                 try_="call torch.export.export on the model alone to see the whole reason",
             ) from error
         finally:
@@ -97,6 +106,12 @@ def trace(model: PreTrainedModel, inputs: tuple[Input, ...] | None = None) -> fx
     graph_module = fx.GraphModule(unlifted, unlifted.graph)
     normalise(graph_module, model)
     return graph_module
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what the exporter says, with the next where the first announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 @contextmanager

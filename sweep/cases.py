@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from surgeon.base.heads import AUTO, auto_class
 from surgeon.base.loading import quiet, seeded
 from surgeon.spec import HeadName
-from surgeon.trace import sample_inputs, text_inputs
-from sweep.shrinking import LADDER, parts, tiny
+from surgeon.trace import sample_inputs, text_inputs, vocabulary
+from sweep.shrinking import LADDER, Sizes, parts, tiny
 
 HEADS: tuple[HeadName, ...] = (
     "sequence-classification",
@@ -40,10 +41,7 @@ class Case:
 
 def cases() -> list[Case]:
     """Every family with one head first, the first it has, then all with their other heads."""
-    pairs = [
-        [Case(family, head) for family in sorted(AUTO[head]._model_mapping._model_mapping)]
-        for head in HEADS
-    ]
+    pairs = [[Case(family, head) for family in sorted(AUTO[head]._model_mapping._model_mapping)] for head in HEADS]
     first: dict[str, Case] = {}
     rest: list[Case] = []
     for case in (c for group in pairs for c in group if c.family not in EXCEPTIONS):
@@ -54,13 +52,13 @@ def cases() -> list[Case]:
     return [*sorted(first.values(), key=lambda c: c.family), *rest]
 
 
-def base(case: Case) -> PreTrainedModel:
+def base(case: Case, ladder: Sequence[Sizes] = LADDER) -> PreTrainedModel:
     """A tiny random base in eval mode, every parameter moved off zeros and ones.
 
     Goes down the ladder of sizes until the model runs; raises what the first rung raised where none does.
     """
     first: Exception | None = None
-    for sizes in LADDER:
+    for sizes in ladder:
         try:
             model = _build(case, tiny(case.family, sizes))
             _runs(model)
@@ -92,8 +90,7 @@ def _build(case: Case, config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _runs(model: PreTrainedModel) -> None:
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     with quiet(), torch.no_grad():
-        output = model(**sample_inputs(text_inputs(model), vocabulary, torch.device("cpu")))
+        output = model(**sample_inputs(text_inputs(model), vocabulary(model), torch.device("cpu")))
     if not torch.isfinite(output.logits).all():
         raise ValueError("the random base answers with numbers that are not finite")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,9 +22,10 @@ from surgeon.model import TaskModel
 from surgeon.module import copied
 from surgeon.pipeline import run_passes
 from surgeon.spec import read_spec
-from surgeon.trace import trace
+from surgeon.trace import trace, vocabulary
 from sweep.cases import Case, base
 from sweep.oracle import faults
+from sweep.shrinking import LADDER, Sizes
 
 TECHNIQUES = ("lora", "bitfit", "adapter", "prefix")
 SHAPES = ((3, 11, 4), (1, 5, 0), (2, 20, 3))
@@ -33,10 +34,10 @@ BAR = 1e-4
 Notes = dict[str, Any]
 
 
-def read(case: Case, notes: Notes) -> tuple[PreTrainedModel, fx.GraphModule, Anatomy]:
+def read(case: Case, notes: Notes, ladder: Sequence[Sizes] = LADDER) -> tuple[PreTrainedModel, fx.GraphModule, Anatomy]:
     """The cheap part: trace, anatomy and its oracle."""
     notes["step"] = "build"
-    model = base(case)
+    model = base(case, ladder)
     notes["step"] = "trace"
     graph_module = trace(model)
     notes["step"] = "anatomy"
@@ -57,10 +58,10 @@ def reading(case: Case, notes: Notes) -> None:
         notes["cause"] = f"{notes['step']}: {cause(error)}"
 
 
-def chain(case: Case, notes: Notes) -> None:
+def chain(case: Case, notes: Notes, ladder: Sequence[Sizes] = LADDER) -> None:
     """Everything: all techniques in one graph, in torch and in ONNX Runtime; each alone where that does not work."""
     try:
-        model, graph_module, anatomy = read(case, notes)
+        model, graph_module, anatomy = read(case, notes, ladder)
     except Exception as error:
         notes["cause"] = f"{notes['step']}: {cause(error)}"
         return
@@ -175,7 +176,7 @@ def _in_onnx_runtime(compiled: Compiled) -> str | None:
 def feed(model: PreTrainedModel, batch: int, length: int, pad: int) -> dict[str, Tensor]:
     """Ids, and a mask that hides the end of the first row."""
     draw = torch.Generator().manual_seed(length)
-    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+    rows = vocabulary(model)
     ids = torch.randint(min(3, rows - 1), min(rows, 100), (batch, length), generator=draw)
     mask = torch.ones_like(ids)
     ids[0, length - pad :], mask[0, length - pad :] = model.config.pad_token_id or 0, 0

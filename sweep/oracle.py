@@ -5,7 +5,7 @@ Each check returns what is wrong, in a line each.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,24 +14,39 @@ from torch import Tensor, fx
 from transformers import PreTrainedModel
 
 from surgeon.anatomy import Anatomy, Attention, Join, Projection
-from surgeon.trace import sample_inputs, text_inputs
+from surgeon.dataflow import ancestors, descendants
+from surgeon.trace import sample_inputs, text_inputs, vocabulary
 from sweep.shrinking import depths
 
 aten = torch.ops.aten
 
+KINDS = ("attention", "cross_attention", "mixer", "ffn")
 SIDES = ("query", "key", "value", "output")
 
 
 def faults(model: PreTrainedModel, graph_module: fx.GraphModule, anatomy: Anatomy) -> list[str]:
     """Everything that is wrong with an anatomy."""
-    return [*counts(model, anatomy), *widths(anatomy), *removal(model, graph_module, anatomy), *peft_targets(model, anatomy)]
+    return [
+        *counts(model, anatomy),
+        *widths(anatomy),
+        *removal(model, graph_module, anatomy),
+        *peft_targets(model, anatomy),
+    ]
 
 
 def counts(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[str]:
-    """As many mixing and feed-forward sublayers as the configuration has layers."""
+    """One mixing sublayer a layer of the configuration, and a whole number of feed-forwards.
+
+    Attention and another mixer side by side in one join are one; a family may feed forward twice a layer (macarons,
+    gates by layer), or have one sublayer a layer.
+    """
     fields = depths(model.config)
-    found = Counter(j.role.partition(".")[2] for j in _distinct(anatomy.joins))
-    mixing, feeding, crossing = found["attention"] + found["mixer"], found["ffn"], found["cross_attention"]
+    found = {kind: {(j.stack, j.skip) for j in anatomy.joins if j.role == f"residual.{kind}"} for kind in KINDS}
+    mixing, feeding, crossing = (
+        len(found["attention"] | found["mixer"]),
+        len(found["ffn"]),
+        len(found["cross_attention"]),
+    )
     deep = [v for k, v in fields.items() if k in {"decoder_layers", "num_decoder_layers"}]
     if model.config.is_encoder_decoder and deep:
         wanted = fields.get("encoder_layers") or fields.get("num_encoder_layers") or fields["num_hidden_layers"]
@@ -42,15 +57,10 @@ def counts(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[str]:
         wanted = fields["num_hidden_layers"]
     else:
         return
-    each = mixing == wanted and feeding == wanted
-    one_each = mixing + feeding == wanted  # a family whose layer is one sublayer
+    each = mixing == wanted and (feeding == 0 or feeding % wanted == 0)
+    one_each = mixing + feeding == wanted
     if not each and not one_each:
         yield f"{mixing} mixing and {feeding} feed-forward sublayers in {wanted} layers"
-
-
-def _distinct(joins: Iterable[Join]) -> list[Join]:
-    """Each sublayer once."""
-    return list({(j.add, j.branch): j for j in joins}.values())
 
 
 def widths(anatomy: Anatomy) -> Iterator[str]:
@@ -67,8 +77,9 @@ def widths(anatomy: Anatomy) -> Iterator[str]:
             yield f"{at} has no {', '.join(missing)}"
             continue
         site = group[0]
-        if len(group) > 1 or len(sides["key"]) > 1:
-            continue  # differential and low-rank attention: heads are put together of several
+        experts = any(p.weight_node.meta["val"].ndim > 2 for found in sides.values() for p in found)
+        if len(group) > 1 or len(sides["key"]) > 1 or experts:
+            continue  # differential and low-rank attention, heads of experts: put together of several
         wanted = {
             "query": site.heads * site.head_dim,
             "key": site.kv_heads * site.head_dim,
@@ -113,8 +124,7 @@ class _Without(fx.Interpreter):
 def removal(model: PreTrainedModel, graph_module: fx.GraphModule, anatomy: Anatomy) -> Iterator[str]:
     """A sublayer taken out at its join is the model itself with the weights of its last projections at zero."""
     inputs = text_inputs(model)
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
-    sample = sample_inputs(inputs, vocabulary, torch.device("cpu"))
+    sample = sample_inputs(inputs, vocabulary(model), torch.device("cpu"))
     parameters = dict(graph_module.named_parameters())
     with torch.no_grad():
         whole = _logits(model(**sample))
@@ -123,12 +133,9 @@ def removal(model: PreTrainedModel, graph_module: fx.GraphModule, anatomy: Anato
             yield f"the trace is not the model: {gap:.1e}"
             return
         for names, joins in _groups(anatomy).items():
-            ends = [n for n in anatomy.norms if n.place == "branch-end" and n.bias]
-            if any((n.stack, n.layer) == (j.stack, j.layer) for n in ends for j in joins):
-                continue  # zero through a norm is the norm's bias
-            saved = {name: parameters[name].clone() for name in names}
+            saved = {name: parameters[name].clone() for name in names if name in parameters}
             without = _logits(_Without(graph_module, joins).run(*sample.values()))
-            for name in names:
+            for name in saved:
                 parameters[name].zero_()
             wanted = _logits(model(**sample))
             for name, tensor in saved.items():
@@ -140,17 +147,40 @@ def removal(model: PreTrainedModel, graph_module: fx.GraphModule, anatomy: Anato
 
 
 def _groups(anatomy: Anatomy) -> dict[tuple[str, ...], list[Join]]:
-    """Joins by the weights and biases that end their branches; layers that share weights are one group."""
+    """Joins by the parameters that end their branches; layers that share weights are one group.
+
+    These are the last projections', and what is added or multiplied on the way from there to the join.
+    """
     groups: dict[tuple[str, ...], list[Join]] = defaultdict(list)
-    for join in _distinct(anatomy.joins):
+    for join in anatomy.joins:
         kind = join.role.partition(".")[2]
         roles = {"ffn": ("ffn.down", "moe.down")}.get(kind, (f"{kind}.output",))
         last = [p for p in anatomy.projections if (p.stack, p.layer) == (join.stack, join.layer) and p.role in roles]
         same = [j for j in anatomy.joins if (j.stack, j.layer, j.role) == (join.stack, join.layer, join.role)]
         if last and len(same) == 1:
-            names = tuple(sorted({n for p in last for n in (p.weight, p.bias) if n}))
-            groups[names].append(join)
+            names = {n for p in last for n in (p.weight, p.bias) if n}
+            for p in last:
+                way = (descendants(p.node) & ancestors(join.branch)) - {p.node}
+                names |= {n for node in way for i in node.all_input_nodes if i not in way and (n := _parameter(i))}
+            groups[tuple(sorted(names))].append(join)
     return groups
+
+
+SAME = (aten.index.Tensor, aten.view.default, aten.to.dtype, aten.reshape.default, aten.unsqueeze.default)
+
+
+def _parameter(node: fx.Node) -> str | None:
+    """The parameter that an operand is, picked by an index or as it stands."""
+    while node.op == "call_function" and str(node.target).split(".")[1] in {
+        "index",
+        "view",
+        "to",
+        "reshape",
+        "unsqueeze",
+    }:
+        node = node.all_input_nodes[0]
+    value = node.meta.get("val")
+    return str(node.target) if node.op == "get_attr" and getattr(value, "requires_grad", False) else None
 
 
 def _logits(output: object) -> Tensor:
@@ -172,6 +202,10 @@ def peft_targets(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[str]:
         return
     roles = {p.path: p.role for p in anatomy.projections}
     modules = [n for n, _ in model.named_modules() if any(n == w or n.endswith(f".{w}") for w in wanted)]
-    odd = [n for n in modules if roles.get(n, "nothing").split(".")[0] not in {"attention", "cross_attention", "ffn", "moe"}]
+    odd = [
+        n
+        for n in modules
+        if roles.get(n, "nothing").split(".")[0] not in {"attention", "cross_attention", "ffn", "moe"}
+    ]
     if odd:
         yield f"PEFT adapts {odd[0]}, which is {roles.get(odd[0], 'no site')}"

@@ -31,7 +31,7 @@ class Limits:
     gigabytes: float = 6.0
 
 
-def run(cases: Iterable[Case], work: Work, out: Path, *, jobs: int = 1, limits: Limits = Limits()) -> None:  # noqa: B008
+def run(cases: Iterable[Case], work: Work, out: Path, *, jobs: int = 1, limits: Limits) -> None:
     """Run what `out` has no result of yet, and append the results."""
     done = {(r["family"], r["head"]) for r in results(out)}
     waiting = [case for case in cases if (case.family, case.head) not in done]
@@ -58,6 +58,14 @@ def results(out: Path) -> list[dict[str, Any]]:
     lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
     found = {(r["family"], r["head"]): r for r in map(json.loads, lines)}
     return list(found.values())
+
+
+def forget(out: Path, cases: Iterable[Case]) -> None:
+    """Strike out the results of those `cases` that failed."""
+    again = {(case.family, case.head) for case in cases}
+    kept = [r for r in results(out) if "cause" not in r or (r["family"], r["head"]) not in again]
+    if out.exists():
+        out.write_text("".join(json.dumps(result) + "\n" for result in kept), encoding="utf-8")
 
 
 def _fork(case: Case, work: Work, scratch: Path, limits: Limits) -> int:
@@ -98,7 +106,9 @@ def _collect(case: Case, scratch: Path, status: int, seconds: float) -> dict[str
     result = {"family": case.family, "head": case.head, "seconds": round(seconds, 1), **found}
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        reason = "took too long" if number in {signal.SIGALRM, signal.SIGXCPU} else f"died of {signal.Signals(number).name}"
+        reason = (
+            "took too long" if number in {signal.SIGALRM, signal.SIGXCPU} else f"died of {signal.Signals(number).name}"
+        )
         result["cause"] = f"{found.get('step', 'start')}: {reason}"
     elif status and "cause" not in result:
         result["cause"] = f"{found.get('step', 'start')}: the process ended with {os.waitstatus_to_exitcode(status)}"

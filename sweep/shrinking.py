@@ -172,10 +172,18 @@ def _head(shrinker: _Shrinker, value: int, fields: Mapping[str, Any]) -> int:
 
 # The first that matches a field's name says its new size; the last entry: whether it shrinks on the ladder's last rung.
 RULES: tuple[tuple[str, Callable[[_Shrinker, int, Mapping[str, Any]], int], bool], ...] = (
-    (r"max_window_layers|first_k_dense_replace|num_dense_layers|decoder_sparse_step|encoder_sparse_step", _at_most(1), True),
+    (
+        r"max_window_layers|first_k_dense_replace|num_dense_layers|decoder_sparse_step|encoder_sparse_step",
+        _at_most(1),
+        True,
+    ),
     (LAYERS, lambda s, v, _: min(v, s.sizes.layers), True),
     (r"(\w+_)?vocab_size(_\w+)?|ngram_vocab_size_base|unpadded_vocab_size|codebook_size", _at_most(131), True),
-    (r"(\w+_)?(max_\w*position\w*|n_positions|n_ctx|context_length|max_seq_len|max_length|model_max_length)", _at_most(128), True),
+    (
+        r"(\w+_)?(max_\w*position\w*|n_positions|n_ctx|context_length|max_seq_len|max_length|model_max_length)",
+        _at_most(128),
+        True,
+    ),
     (r"(\w+_)?(num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_moe_experts)", _at_most(4), True),
     (r"(\w+_)?(num_experts_per_tok|num_experts_per_token|topk|top_k|moe_k)|index_topk", _at_most(2), False),
     (r"n_group|num_expert_group|topk_group", _at_most(1), False),
@@ -185,14 +193,24 @@ RULES: tuple[tuple[str, Callable[[_Shrinker, int, Mapping[str, Any]], int], bool
     (r"(\w+_)?(head_dim|d_kv|dim_head|d_head|head_size|kv_channels|headdim|attention_head_size)", _head, False),
     (r"(\w+_)?(num_\w*heads|n_head|n_heads|attention_heads|num_heads|n_attn_heads)", _Shrinker._heads, False),
     (r"(\w+_)?lora_rank|(\w+_)?lowrank|(\w+_)?_rank|dt_rank", _at_most(24), False),
-    (r"(\w+_)?(sliding_window\w*|local_attention|window_size|attention_window\w*|chunk_size|block_size)", _at_most(8), False),
+    (
+        r"(\w+_)?(sliding_window\w*|local_attention|window_size|attention_window\w*|chunk_size|block_size)",
+        _at_most(8),
+        False,
+    ),
     (r"(\w+_)?(state_size|d_state)", _at_most(8), False),
     (r"(\w+_)?image_size", _at_most(32), False),
     (r"(\w+_)?patch_size", _at_most(8), False),
-    (r"(\w+_)?(ffn_dim|d_ff|dff|dim_ff|n_inner|d_inner|ffn_hidden_size|feed_forward_size|intermediate_size\w*)",
-     lambda s, v, _: s.sizes.stream + s.sizes.stream // 2, False),
-    (r"(\w+_)?(hidden_size|d_model|n_embd|dim|hidden_dim|emb_dim|embed_dim|embedding_size|embedding_dim|width|proj_dim|size_per_layer_input)",
-     _Shrinker._width, False),
+    (
+        r"(\w+_)?(ffn_dim|d_ff|dff|dim_ff|n_inner|d_inner|ffn_hidden_size|feed_forward_size|intermediate_size\w*)",
+        lambda s, v, _: s.sizes.stream + s.sizes.stream // 2,
+        False,
+    ),
+    (
+        r"(\w+_)?(hidden_size|d_model|n_embd|dim|hidden_dim|emb_dim|embed_dim|embedding_size|embedding_dim|width|proj_dim|size_per_layer_input)",
+        _Shrinker._width,
+        False,
+    ),
 )
 
 

@@ -33,7 +33,8 @@ def find(graph_module: fx.GraphModule) -> Anatomy:
     chains = stacks(reading, found)
     sublayers, notes = places(reading, chains)
     if not found:
-        notes.append("no residual join was found: what this model is built of is not understood")
+        seen = f"{len(reading.cores)} attention products and {len(weighted)} products with weights"
+        notes.append(f"no residual join was found among {seen}: what this model is built of is not understood")
     return Finder(reading, found, chains, sublayers, notes).anatomy()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -141,7 +142,9 @@ def _max_length(model: PreTrainedModel, folder: Path | None, source: str) -> int
 
 def _first_position(model: PreTrainedModel, positions: int) -> int:
     """Where text starts in the position table: behind the padding row, where that table has one."""
-    words = model.get_input_embeddings()
+    words = None
+    with suppress(NotImplementedError):  # transformers' word for a model without one table of tokens
+        words = model.get_input_embeddings()
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding) and module is not words and module.num_embeddings == positions:
             return 0 if module.padding_idx is None else module.padding_idx + 1

@@ -98,13 +98,14 @@ def _open_spelled_out(program: Program, site: Attention, extend: Callable[[fx.No
             value = operand.meta.get("val")
             if operand in path or not isinstance(value, Tensor) or value.dim() == 0:
                 continue
-            if value.shape[-1] == keys and _meets_columns(node, site):
+            if value.shape[-1] == keys and _meets_columns(node, operand, site):
                 extend(node, operand, _neutral(node, operand))
 
 
-def _meets_columns(node: fx.Node, site: Attention) -> bool:
+def _meets_columns(node: fx.Node, operand: fx.Node, site: Attention) -> bool:
     """The score product's own factors have their columns already; only baddbmm's first operand is a bias."""
-    return node is not site.scores or node.target is torch.ops.aten.baddbmm.default
+    bias = node.target is torch.ops.aten.baddbmm.default and node.args[0] is operand
+    return node is not site.scores or bias
 
 
 def _neutral(node: fx.Node, operand: fx.Node) -> float:
