@@ -20,12 +20,16 @@ from sweep.shrinking import depths
 
 aten = torch.ops.aten
 
+PICKS = (aten.index.Tensor, aten.view.default, aten.to.dtype, aten.reshape.default, aten.unsqueeze.default)
+
 KINDS = ("attention", "cross_attention", "mixer", "ffn")
 SIDES = ("query", "key", "value", "output")
 
 
 def faults(model: PreTrainedModel, graph_module: fx.GraphModule, anatomy: Anatomy) -> list[str]:
-    """Everything that is wrong with an anatomy."""
+    """Everything that is wrong with an anatomy; where nothing was understood, what it says of it."""
+    if not anatomy.joins:
+        return [f"refused: {note}" for note in anatomy.notes]
     return [
         *counts(model, anatomy),
         *widths(anatomy),
@@ -166,18 +170,9 @@ def _groups(anatomy: Anatomy) -> dict[tuple[str, ...], list[Join]]:
     return groups
 
 
-SAME = (aten.index.Tensor, aten.view.default, aten.to.dtype, aten.reshape.default, aten.unsqueeze.default)
-
-
 def _parameter(node: fx.Node) -> str | None:
     """The parameter that an operand is, picked by an index or as it stands."""
-    while node.op == "call_function" and str(node.target).split(".")[1] in {
-        "index",
-        "view",
-        "to",
-        "reshape",
-        "unsqueeze",
-    }:
+    while node.op == "call_function" and node.target in PICKS:
         node = node.all_input_nodes[0]
     value = node.meta.get("val")
     return str(node.target) if node.op == "get_attr" and getattr(value, "requires_grad", False) else None
