@@ -65,6 +65,9 @@ def counts(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[str]:
     one_each = mixing + feeding == wanted
     if not each and not one_each:
         yield f"{mixing} mixing and {feeding} feed-forward sublayers in {wanted} layers"
+    depth = sum(anatomy.layers.get(stack, 0) for stack in ("encoder", "decoder"))
+    if depth != wanted:
+        yield f"layers by stack are {anatomy.layers}, by configuration {wanted}"
 
 
 def widths(anatomy: Anatomy) -> Iterator[str]:

@@ -65,7 +65,7 @@ class Finder:
             joins=tuple(self._joins(norms)),
             attentions=tuple(self._attentions()),
             embeddings=tuple(self._embeddings()),
-            layers={chain.name: chain.depth for chain in self.chains},
+            layers={c.name: max(d.depth for d in self.chains if d.name == c.name) for c in self.chains},
             notes=tuple(dict.fromkeys(self.notes)),
         )
 

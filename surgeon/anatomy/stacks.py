@@ -6,6 +6,7 @@ A stack is a chain of joins, each one's skip being the last one's result.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch.fx import Node
@@ -60,10 +61,14 @@ def places(reading: Reading, chains: list[Stack]) -> tuple[list[Place], list[str
     """Every sublayer with its stack, layer and kind, in graph order; and notes on what was ambiguous."""
     notes = []
     kinds = {s: _crossing(reading, s, chain, chains) for chain in chains for j in chain.joins for s in j.sublayers}
-    for chain in chains:
+    nested = _nested(reading.facts, chains)
+    free = [chain for chain in chains if chain not in nested]
+    for chain in free:
         chain.layers, note = _layers(reading, chain, kinds)
         notes += note
-    _name(reading.facts, chains, kinds)
+    _name(reading.facts, free, kinds)
+    for chain, (outer, join) in nested.items():
+        chain.name, chain.layers = outer.name, [outer.layers[outer.joins.index(join)]] * len(chain.joins)
     found = [
         Place(chain, join, sublayer, layer, kinds[sublayer])
         for chain in chains
@@ -71,6 +76,24 @@ def places(reading: Reading, chains: list[Stack]) -> tuple[list[Place], list[str
         for sublayer in join.sublayers
     ]
     return sorted(found, key=lambda p: reading.facts.position[p.join.root]), notes
+
+
+def _nested(facts: Facts, chains: list[Stack]) -> dict[Stack, tuple[Stack, JoinOp]]:
+    """Chains that run inside one sublayer, between a bottleneck's ends: they belong to the layer of its join."""
+    found: dict[Stack, tuple[Stack, JoinOp]] = {}
+    for chain in chains:
+        roots = facts.bits(j.root for j in chain.joins)
+        around = [(outer, j) for outer in chains if outer is not chain for j in outer.joins if roots & ~j.interval == 0]
+        if around:
+            found[chain] = min(around, key=lambda pair: pair[1].interval.bit_count())
+    # One inside a nested one belongs to the outermost.
+    return {chain: next(o for o in _outwards(found, chain) if o[0] not in found) for chain in found}
+
+
+def _outwards(found: dict[Stack, tuple[Stack, JoinOp]], chain: Stack) -> Iterator[tuple[Stack, JoinOp]]:
+    while chain in found:
+        yield found[chain]
+        chain = found[chain][0]
 
 
 def stack_above(reading: Reading, node: Node, chains: list[Stack]) -> Stack | None:

@@ -54,7 +54,7 @@ def _terms(site: Attention) -> list[fx.Node]:
         mask = core.args[3] if len(core.args) > 3 else core.kwargs.get("attn_mask")
         return [mask] if isinstance(mask, fx.Node) and mask.meta["val"].is_floating_point() else []
     path = {site.scores} | (descendants(site.scores) & ancestors(core))
-    found = [n for node in path for n in node.all_input_nodes if n not in path and _meets_columns(node, site)]
+    found = [n for node in path for n in node.all_input_nodes if n not in path and _meets_columns(node, n, site)]
     return [n for n in found if isinstance(v := n.meta.get("val"), Tensor) and v.dim() > 0 and v.is_floating_point()]
 
 
