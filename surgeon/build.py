@@ -197,6 +197,7 @@ def _document(contents: Contents, facts: Mapping[str, Any]) -> dict[str, Any]:
                 "layer": d.layer,
                 "optional": d.optional,
                 "droppable": d.droppable,
+                "least": {str(axis): size for axis, size in d.least.items()},
                 "padding": d.padding,
             }
             for d in program.ledger.deltas.values()

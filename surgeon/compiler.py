@@ -113,23 +113,24 @@ def compile(
     spec = read_spec(spec)
     if out is not None:
         check_writable(Path(out))
-    compiled = _operate(spec, base, list(passes(spec)), weights=weights, report=progress or _silent)
+    steps = list(passes(spec))
+    compiled = _operate(spec, base, steps, lent=base is not None, weights=weights, report=progress or _silent)
     if out is not None:
         compiled.save(out, progress=progress)
     return compiled
 
 
 def _operate(
-    spec: Spec, base: PreTrainedModel | None, steps: list[Pass], *, weights: bool, report: Progress
+    spec: Spec, base: PreTrainedModel | None, steps: list[Pass], *, lent: bool, weights: bool = True, report: Progress
 ) -> Compiled:
-    """Open the base, trace it, and run `steps`, the passes of `spec`."""
+    """Open the base, trace it, and run `steps`, the passes of `spec`. A base that the caller `lent` stays whole."""
     source = base if base is not None else spec.base
     if source is None:
         raise SpecError("the spec names no base, and none was given", try_="write `base: {model: …}` or pass a model")
     opened, program = study(source, weights=weights, seed=spec.seed, progress=report)
     report("operating")
     run_passes(program, steps, lambda i: spec.locate(("surgery", i)))
-    if base is None:  # one in hand belongs to the caller
+    if not lent:
         opened.release(program.stored)
     return Compiled(spec, opened, program)
 
@@ -170,10 +171,11 @@ def load(build: str | Path, base: PreTrainedModel | None = None, *, progress: Pr
     build = Path(build)
     manifest = read_manifest(build)
     spec = read_spec(build / "spec.yaml")
+    lent = base is not None
     if base is None and spec.base is None:
         base = load_base(BaseSpec(model=str(build / BASE), head=cast(HeadName, manifest.base.head)), seed=spec.seed)
     steps = [step.reopened() for step in passes(spec)]
-    compiled = _operate(spec, base, steps, weights=True, report=progress or _silent)
+    compiled = _operate(spec, base, steps, lent=lent, report=progress or _silent)
     if compiled.program.fingerprint != manifest.base.fingerprint:
         stored = sorted({entry.form for entry in compiled.program.stored.values()})
         raise DeltaError(

@@ -53,6 +53,11 @@ class Delta:
         """Zeros to trace with: free axes of at least two, since sizes 0 and 1 are frozen by a trace."""
         return torch.zeros([max(s, 2) if a in self.free else s for a, s in enumerate(self.shape)], dtype=self.dtype)
 
+    @property
+    def least(self) -> dict[int, int]:
+        """The free axes that no task may empty: those of which the default, the base, has something."""
+        return {axis: 1 for axis in self.free if self.default.shape[axis]}
+
     def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape where the free symbols named in `sizes` take that size."""
         return tuple(sizes.get(self.free.get(axis, ""), size) for axis, size in enumerate(self.shape))
@@ -186,6 +191,10 @@ class Ledger:
     def free(self, name: str) -> Mapping[int, str]:
         """The free axes of a trained tensor."""
         return (self.deltas.get(name) or self.trained[name]).free
+
+    def least(self, name: str) -> Mapping[int, int]:
+        """Of a trained tensor, the free axes that no task may empty."""
+        return self.deltas[name].least if name in self.deltas else {}
 
     def deploy(
         self, trained: Mapping[str, Tensor], dropped: Mapping[str, Tensor] = MappingProxyType({})

@@ -269,6 +269,9 @@ def check_trained(
         )
         if not fits:
             raise DeltaError(f"{name} has shape {list(tensor.shape)}, expected {_shape(start.shape, free, known)}")
+        empty = [free[axis] for axis in ledger.least(name) if not tensor.shape[axis]]
+        if empty:
+            raise DeltaError(f"{empty[0]} is 0 in {name}, and must be 1 at least")
         if not torch.isfinite(tensor).all():
             bad = (~torch.isfinite(tensor)).sum().item()
             raise DeltaError(f"NaN or infinity in {name} ({bad} of {tensor.numel()} values)")

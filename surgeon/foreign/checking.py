@@ -26,6 +26,12 @@ def check(
         )
     if not ignore_base_name:
         _check_name(checkpoint, named)
+    if checkpoint.architecture not in (None, type(base.model).__name__):
+        raise DeltaError(
+            f"it was trained on a {checkpoint.architecture}",
+            where=checkpoint.where,
+            there_is=f"the base is a {type(base.model).__name__}",
+        )
     if checkpoint.head is not None and checkpoint.head != base.head:
         raise DeltaError(
             f"it was trained for {checkpoint.head}",

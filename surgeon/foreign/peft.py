@@ -63,7 +63,8 @@ def read(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
             try_="where PEFT can merge it: `merge_and_unload()` and `save_pretrained` make a base that needs no task",
         )
     tensors, fingerprint = read_tensors(folder, WEIGHTS, allow_pickle=allow_pickle)
-    options.ignore("auto_mapping", "peft_version", "inference_mode", "runtime_config")
+    options.ignore("peft_version", "inference_mode", "runtime_config")
+    mapping = Options(options.get("auto_mapping", dict, {}), options.where)
     task = options.get("task_type", str)
     revision, base = options.get("revision", str), options.get("base_model_name_or_path", str)
     left = {key.removeprefix("base_model."): tensor for key, tensor in tensors.items()}
@@ -88,6 +89,7 @@ def read(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
         base=base or None,
         revision=revision,
         fingerprint=fingerprint,
+        architecture=mapping.get("base_model_class", str),
         head=HEADS.get(task or ""),
         targets=targets,
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -153,10 +153,10 @@ class Checkpoint:
     base: str | None = None
     revision: str | None = None
     fingerprint: str | None = None
+    architecture: str | None = None
     head: HeadName | None = None
     targets: Targets | None = None
     labels: tuple[str, ...] | None = None
-    facts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def whole(self) -> frozenset[str]:

@@ -57,10 +57,10 @@ class Placing:
 
     # -- looking up ---------------------------------------------------------------------------------------------
 
-    def delta(self, site: Site, part: str) -> Delta | None:
-        """The delta of this part that a pass made for `site`."""
+    def delta(self, site: Site, part: str, technique: str | None = None) -> Delta | None:
+        """The delta of this part that a pass made for `site`; where several did, that of `technique`."""
         found = [d for d in self.deltas(part) if (d.site, d.role, d.stack) == (site.path, site.role, site.stack)]
-        return found[0] if found else None
+        return min(found, key=lambda d: d.technique != technique, default=None)
 
     def deltas(self, part: str) -> list[Delta]:
         """All deltas of this part."""
@@ -114,9 +114,10 @@ class Placing:
                 where=self.where,
                 try_="was it trained on another base?",
             )
+        own_technique = "lora" if piece.values is None else "adalora"  # where a site has both; the other stays empty
         for site in sites:
             own = piece if site.features is None else sliced(piece, list(site.features))
-            a, b = self.delta(site, "lora_A"), self.delta(site, "lora_B")
+            a, b = (self.delta(site, part, own_technique) for part in ("lora_A", "lora_B"))
             if a is not None and b is not None:
                 self._factors(own, site, a, b)
             elif own.b.any() or own.bias is not None or own.magnitude is not None:

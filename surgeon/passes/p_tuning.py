@@ -20,12 +20,14 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from surgeon.anatomy import Embedding
+from surgeon.errors import SpecError
 from surgeon.ledger import Init, normal, value
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.virtual import Virtual, module_end, text_table
 from surgeon.program import Program
 
 SLOT = "{text}"
+MASK = re.compile(r"\[MASK\]|<mask>", re.IGNORECASE)
 TOKENS = re.compile(r"\[P\](?:\*([1-9]\d{0,3}))?")
 
 Gap = list[int | str]
@@ -89,6 +91,7 @@ class PTuning(Pass):
 
     def call(self, program: Program) -> PassResult:
         table, gaps = text_table(program), parse(self.template)
+        self._check_read_out(program, gaps)
         count = sum(isinstance(item, int) for gap in gaps for item in gap)
         words: list[int] = []
         layouts: list[list[int]] = []
@@ -109,6 +112,16 @@ class PTuning(Pass):
         self._fold(program, table, count, _rows(program, table, words), layouts if back else layouts[:1])
         Virtual(front, back, behind=int(self.place == "after")).splice(program)
         return PassResult(program, modified=True)
+
+    def _check_read_out(self, program: Program, gaps: tuple[Gap, Gap]) -> None:
+        """A mask in the template would have no answer: outputs are those of the text's own tokens."""
+        words = [item for gap in gaps for item in gap if isinstance(item, str)]
+        masks = [found[0] for word in words if (found := MASK.search(word))]
+        if masks and program.head == "masked-lm":
+            raise SpecError(
+                f"p_tuning.template: {masks[0]} stands in the template, and outputs are of the text's own tokens alone",
+                try_=f"write {masks[0]} into the text, before or behind which the template stands",
+            )
 
     def _fold(
         self, program: Program, table: Embedding, count: int, anchors: Tensor, layouts: list[list[int]]

@@ -43,6 +43,7 @@ def check_task(
     sizes = _sizes(wanted.values(), tensors, where)
     if with_head:
         _check_labels(columns(manifest, tensors), labels, where)
+    _check_least(wanted.values(), tensors, where)
     _check_finite(tensors, where)
     return sizes
 
@@ -107,6 +108,17 @@ def _sizes(wanted: Iterable[Delta], tensors: Mapping[str, Array], where: str) ->
             ),
         )
     return {symbol: next(iter(sizes)) for symbol, sizes in found.items()}
+
+
+def _check_least(wanted: Iterable[Delta], tensors: Mapping[str, Array], where: str) -> None:
+    for delta in wanted:
+        for axis, size in delta.least.items():
+            if (found := tensors[delta.name].shape[axis]) < size:
+                raise DeltaError(
+                    f"{delta.free[axis]} is {found} in {delta.name}, and must be {size} at least",
+                    where=where,
+                    try_="a task without it is not the base: leave the task out of the call instead",
+                )
 
 
 def _check_labels(count: int | None, labels: Sequence[str] | None, where: str) -> None:

@@ -56,7 +56,8 @@ class Port:
 class Delta:
     """One tensor of a task; `free` maps an axis to the symbol of the size that a task file may choose.
 
-    A task may leave an `optional` one to the base; a call may leave out `droppable` ones of lower layers.
+    No task may make an axis smaller than `least` says. A task may leave an `optional` one to the base; a call may leave
+    out `droppable` ones of lower layers.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Delta:
     optional: bool
     droppable: bool
     padding: float
+    least: Mapping[int, int]
 
     @cached_property
     def axes(self) -> tuple[str | int, ...]:
@@ -277,6 +279,9 @@ def _delta(item: Fields) -> Delta:
         raise item.fault("shape", "a list of sizes")
     if not all(axis.isdecimal() and int(axis) < len(shape) and isinstance(free[axis], str) for axis in free):
         raise item.fault("free", "a map from axis to symbol")
+    least = item.optional("least", dict) or {}
+    if not all(axis in free and isinstance(size, int) for axis, size in least.items()):
+        raise item.fault("least", "a map from free axis to size")
     return Delta(
         name=item.get("name", str),
         shape=tuple(shape),
@@ -291,6 +296,7 @@ def _delta(item: Fields) -> Delta:
         optional=item.get("optional", bool),
         droppable=item.get("droppable", bool),
         padding=item.optional("padding", float) or 0.0,
+        least=MappingProxyType({int(axis): size for axis, size in least.items()}),
     )
 
 

@@ -177,6 +177,22 @@ def test_variants_share_a_graph(made, compare, foundry):
         foundry.fill(other, "dora", folders["dora"].path)
 
 
+def test_where_lora_and_adalora_share_a_site_each_takes_its_own(made, compare, foundry):
+    base, head, plain = made("lora_bert", "plain")
+    pruned = made("adalora_bert", "pruned", 4, target_modules=["query", "value"])[2]
+    where = ["attention.query", "attention.value"]
+    surgery = [{"lora": {"rank": 4, "where": where}}, {"adalora": {"rank": 6, "target_rank": 2, "where": where}}]
+    both = foundry.operate(base, head, {"surgery": surgery, "tasks": {"plain": {"labels": 2}, "pruned": {"labels": 2}}})
+    for name, foreign, technique in (("plain", plain, "lora"), ("pruned", pruned, "adalora")):
+        foundry.fill(both, name, foreign.path)
+        fed = compare.feed(foreign.model)
+        wanted = compare.answers(foreign.model, fed)
+        assert compare.gap(compare.answers(both.model(name).eval(), fed), wanted) <= 5e-6
+        deltas = both.program.ledger.deltas
+        used = {deltas[n].technique for n, t in both.model(name).deployed().items() if t.any() and "lora" in n}
+        assert used == {technique}
+
+
 def test_veras_matrices_that_were_not_saved_are_drawn_again(made, compare, foundry):
     with pytest.warns(UserWarning, match="not save vera_A"):
         base, head, foreign = made("vera_llama", save_projection=False)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from surgeon.errors import BaseError, DeltaError, SurgeonError
-from surgeon.foreign.importing import read
+from surgeon.foreign.importing import assemble, read
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -152,6 +152,21 @@ def test_row_6_another_base_of_the_same_names(foreign, foundry, tmp_path):
         foundry.compile(other, CLASSIFIER, a=foreign.path)
     foreign.config(base_model_name_or_path="somebody/other-bert")
     foundry.compile(other, CLASSIFIER, a=foreign.path)
+
+
+def test_row_6_another_revision_of_the_same_base(foreign, foundry):
+    """Or another class of it, where PEFT was told no task and wrote the class down instead."""
+    base = foundry.base("bert", CLASSIFIER)
+    named, studied = foundry.study(base, CLASSIFIER)
+    foreign.config(revision="old")
+    assemble({"a": read(foreign.path)}, named, foundry.study(base, CLASSIFIER)[1], ignore_base_name=False)
+    newer = named.model_copy(update={"revision": "new"})
+    with pytest.raises(DeltaError, match=r"trained on .* at old"):
+        assemble({"a": read(foreign.path)}, newer, studied, ignore_base_name=False)
+    mapping = {"base_model_class": "RobertaForSequenceClassification", "parent_library": "transformers"}
+    foreign.config(revision=None, auto_mapping=mapping)
+    with pytest.raises(DeltaError, match="trained on a RobertaForSequenceClassification"):
+        foundry.compile(base, CLASSIFIER, a=foreign.path)
 
 
 def test_row_6_another_head_of_the_same_base(foreign, foundry):

@@ -84,6 +84,15 @@ def test_a_head_of_the_tasks_own_labels_every_token_of_the_text(words, tmp_path)
     assert words.served(compiled, tmp_path, feeds) <= 1e-4
 
 
+def test_a_mask_in_the_template_would_have_no_answer(words):
+    """It is an anchor like any other where nobody reads it out."""
+    surgery = {"p_tuning": {"template": "{text} [P]*2 was [MASK] [P]"}}
+    with pytest.raises(SpecError, match=r"\[MASK\] stands in the template, .*\n.*write \[MASK\] into the text"):
+        words.operate(words.base("bert", "masked-lm"), surgery)
+    with pytest.raises(SpecError, match=r"'\[MASK\]' is no token of this base"):
+        words.operate(words.base("bert"), surgery)
+
+
 def test_an_encoder_decoder_has_the_template_around_the_encoders_text(words):
     model = words.base("t5")
     ours = words.operate(model, PLAIN).model("a").eval()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import surgeon
-from surgeon.errors import CompositionError, DataError, SpecError
+from surgeon.errors import CompositionError, DataError, DeltaError, SpecError
+from surgeon.runtime.taskfile import write_adapter
 
 LENGTH = 4
 
@@ -191,6 +192,22 @@ def test_an_ensemble_of_one_prompt_of_no_tokens_is_the_base(lab):
     ours.load_state_dict({name: tensor[:1, :0] for name, tensor in ours.state_dict().items()})
     fed = lab.feed(model, 3, 9)
     assert torch.equal(ours(**fed).logits, model(**fed).logits)
+
+
+def test_an_ensemble_of_no_prompts_is_refused(lab, tmp_path):
+    """In training, and in a task file; there would be nobody to answer."""
+    compiled = lab.operate(lab.base("gpt2"), ENSEMBLE)
+    ours = compiled.model("a")
+    with pytest.raises(DeltaError, match=r"ensemble is 0 in .*, and must be 1 at least"):
+        ours.load_state_dict({name: tensor[:0] for name, tensor in ours.state_dict().items()})
+    build = compiled.save(tmp_path / "build")
+    for count in (1, 0):
+        arrays = {name: tensor[:count].detach().numpy() for name, tensor in ours.deployed().items()}
+        write_adapter(tmp_path / f"{count}.onnx_adapter", arrays, compiled.program.fingerprint)
+    with surgeon.Session(build) as session:
+        session.add_task(tmp_path / "1.onnx_adapter", "one")
+        with pytest.raises(DeltaError, match=r"ensemble is 0 in .*, and must be 1 at least"):
+            session.add_task(tmp_path / "0.onnx_adapter", "none")
 
 
 def test_features_cannot_vote(lab):

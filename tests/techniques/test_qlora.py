@@ -337,6 +337,23 @@ def test_a_build_is_saved_loaded_and_verified(base_spec, lab, tmp_path):
     assert all(t.difference <= 1e-5 for t in audited)
 
 
+def test_a_build_of_a_base_in_hand_is_loaded_without_the_numbers_that_nf4_stands_for(base_spec, lab, tiny, tmp_path):
+    """The build's own copy of the base is nobody else's; one that the caller lends stays whole."""
+    model = tiny("bert")
+    spec = {name: part for name, part in base_spec({"qlora": {"rank": 4}}).items() if name != "base"}
+    compiled = surgeon.compile(spec, model)
+    lab.move(compiled.model("a"))
+    folder = compiled.save(tmp_path / "build")
+    weight = "bert.encoder.layer.0.output.dense.weight"
+    loaded, lent = surgeon.load(folder), surgeon.load(folder, model)
+    assert loaded.base.model.get_parameter(weight).is_meta
+    assert not lent.base.model.get_parameter(weight).is_meta
+    fed = lab.feed(model, 2, 9)
+    wanted = compiled.model("a").eval()(**fed).logits
+    for again in (loaded, lent):
+        assert torch.equal(again.model("a").eval()(**fed).logits, wanted)
+
+
 def test_tasks_of_the_checkpoint_and_of_its_quantised_form_refuse_each_other(base_spec, tmp_path):
     plain = surgeon.compile(base_spec({"lora": {"rank": 4, "where": ["attention", "ffn"]}}), out=tmp_path / "plain")
     held = surgeon.compile(base_spec({"qlora": {"rank": 4}}), out=tmp_path / "held")
