@@ -7,30 +7,44 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from surgeon.anatomy import Projection
 from surgeon.compiler import Compiled
 from surgeon.errors import DeltaError
-from surgeon.foreign.meaning import own_scale, scales_input, steps
+from surgeon.foreign.meaning import own_scale, scales_input
 from surgeon.foreign.peft import HEADS
+from surgeon.foreign.peft_inserted import p_tuning, prefix, prompt, vera
 from surgeon.foreign.peft_saved import CLASSIFIERS, holds
-from surgeon.foreign.sites import module_names
+from surgeon.foreign.sites import module_names, width_of
 from surgeon.ledger import Delta
 
 TASKS = {head: task for task, head in HEADS.items()}
 MODULES = ("head", "norm_tuning")
 """Techniques whose tensors are parameters of the base, which PEFT saves module by module."""
 
+OUTER = ("prompt_embeddings", "base_model.vera_A", "base_model.vera_B")
+"""Keys that stand for no module of the base."""
+REASONS = {
+    "adapter": "PEFT has no bottleneck adapters",
+    "compacter": "PEFT has no bottleneck adapters",
+    "fusion": "PEFT has no bottleneck adapters",
+    "bitfit": "PEFT has biases beside a LoRA of its own alone; train `lora: {bias: true}` for those of the products",
+    "full": "that is a whole model, and no folder beside one",
+}
+"""Why PEFT has no place for a technique."""
+
 Tensors = dict[str, Tensor]
 
 
 def write(compiled: Compiled, task: str) -> tuple[dict[str, Any], Tensors]:
     """Configuration and tensors of `task`. Raises DeltaError for what PEFT has no place for."""
-    return _Writer(compiled, task).write()
+    return Writer(compiled, task).write()
 
 
-class _Writer:
+class Writer:
+    """What is at hand of one task."""
+
     def __init__(self, compiled: Compiled, task: str) -> None:
         self.compiled = compiled
         self.model = compiled.base.model
@@ -41,25 +55,29 @@ class _Writer:
         self.deployed = {name: tensor.detach() for name, tensor in deployed.items()}
 
     def write(self) -> tuple[dict[str, Any], Tensors]:
-        used = {d.technique for d in self.ledger.deltas.values() if not self._is_default(d)}
+        used = {d.technique for d in self.ledger.deltas.values() if not self.is_default(d)}
         methods = sorted(used - set(MODULES))
         writers = {
             "lora": self._lora,
             "adalora": self._adalora,
             "ia3": self._ia3,
-            "prefix": self._prefix,
-            "prompt": self._prompt,
+            "vera": lambda: vera(self),
+            "prefix": lambda: prefix(self, "prefix"),
+            "p_tuning_v2": lambda: prefix(self, "p_tuning_v2"),
+            "prompt": lambda: prompt(self),
+            "p_tuning": lambda: p_tuning(self),
         }
         if len(methods) != 1 or methods[0] not in writers:
+            reasons = [f"{method}: {REASONS[method]}" for method in methods if method in REASONS]
             raise DeltaError(
                 f"PEFT cannot hold the task '{self.task}': it uses {' and '.join(methods) or 'no technique'}",
                 there_is=f"one of {', '.join(writers)} goes into a folder, with {' and '.join(MODULES)}",
+                try_="; ".join(reasons) or None,
             )
         config, tensors = writers[methods[0]]()
         saved, names = self._modules()
-        virtual = methods[0] in ("prefix", "prompt")
-        prefix = "base_model." if virtual else "base_model.model."
-        keyed = {name if name == "prompt_embeddings" else prefix + name: t for name, t in (tensors | saved).items()}
+        inner = "base_model." if "prompt_embeddings" in tensors else "base_model.model."
+        keyed = {name if name in OUTER else inner + name: t for name, t in (tensors | saved).items()}
         base = self.compiled.spec.base
         config |= {
             "task_type": TASKS.get(self.compiled.base.head),
@@ -70,14 +88,15 @@ class _Writer:
         }
         return config, keyed
 
-    def _is_default(self, delta: Delta) -> bool:
+    def is_default(self, delta: Delta) -> bool:
+        """Whether the task leaves this as the base has it."""
         return delta.name not in self.deployed or self.deployed[delta.name].equal(delta.default)
 
-    def _by_path(self, part: str) -> dict[str, list[tuple[Projection, Delta]]]:
-        """The deltas of a part with their sites, by PEFT's path of the module."""
+    def by_path(self, part: str, *, every: bool = False) -> dict[str, list[tuple[Projection, Delta]]]:
+        """The deltas of a part with their sites, by PEFT's path of the module; `every` one, or those in use."""
         found: dict[str, list[tuple[Projection, Delta]]] = {}
         for delta in self.ledger.deltas.values():
-            if delta.part != part or self._is_default(delta):
+            if delta.part != part or (self.is_default(delta) and not every):
                 continue
             sites = self.compiled.program.anatomy.projections
             site = next(s for s in sites if (s.path, s.role, s.stack) == (delta.site, delta.role, delta.stack))
@@ -92,7 +111,7 @@ class _Writer:
         sizes: dict[str, tuple[int, float]] = {}
         more = {"lora_magnitude": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
         with_more: dict[str, set[str]] = {part: set() for part in more}
-        for path, found in self._by_path("lora_B").items():
+        for path, found in self.by_path("lora_B").items():
             a, b, scale = self._product(found)
             tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = a.T, b.T
             sizes[path] = (len(b), tidy(scale * len(b)))
@@ -137,7 +156,7 @@ class _Writer:
 
     def _tables(self) -> Iterator[tuple[str, tuple[Tensor, Tensor, float]]]:
         for delta in self.ledger.deltas.values():
-            if delta.part == "lora_embedding_B" and not self._is_default(delta):
+            if delta.part == "lora_embedding_B" and not self.is_default(delta):
                 a, b = self.trained[delta.name[:-1] + "A"], self.trained[delta.name]
                 yield delta.site, (a, b, own_scale(self.ledger, delta.name, len(b)))
 
@@ -145,7 +164,7 @@ class _Writer:
         """As trained, with the ranks that were pruned: PEFT then has nothing to cut."""
         tensors: Tensors = {}
         scales: dict[str, tuple[int, float]] = {}
-        for path, found in self._by_path("lora_B").items():
+        for path, found in self.by_path("lora_B").items():
             ((site, delta),) = found[:1]
             if site.features is not None:
                 raise DeltaError(f"PEFT's AdaLoRA has one product for all of {path}, and this task one for each role")
@@ -173,7 +192,7 @@ class _Writer:
         pairs = [self._pair(d) for _, d in found]
         if found[0][0].features is None:
             return pairs[0]
-        width = _width(self.model, found[0][0])
+        width = width_of(self.model, found[0][0])
         spread = [_spread(b, site, width) for (site, _), (_, b, _) in zip(found, pairs, strict=True)]
         a, _, scale = pairs[0]
         if all(other.equal(a) and s == scale for other, _, s in pairs):
@@ -188,7 +207,7 @@ class _Writer:
     def _ia3(self) -> tuple[dict[str, Any], Tensors]:
         tensors: Tensors = {}
         inward: list[str] = []
-        for path, found in self._by_path("ia3_l").items():
+        for path, found in self.by_path("ia3_l").items():
             site, delta = found[0]
             vector = self.trained[delta.name]
             if scales_input(self.compiled, site):
@@ -196,49 +215,12 @@ class _Writer:
                 tensors[f"{path}.ia3_l"] = vector.unsqueeze(0)
                 continue
             if site.features is not None:
-                vector = torch.ones(_width(self.model, site), dtype=vector.dtype)
+                vector = torch.ones(width_of(self.model, site), dtype=vector.dtype)
                 for own, delta in found:
                     vector[list(own.features or ())] = self.trained[delta.name]
             tensors[f"{path}.ia3_l"] = vector.unsqueeze(1)
         paths = sorted(key.removesuffix(".ia3_l") for key in tensors)
         return {"peft_type": "IA3", "target_modules": paths, "feedforward_modules": sorted(inward)}, tensors
-
-    def _prefix(self) -> tuple[dict[str, Any], Tensors]:
-        anatomy = self.compiled.program.anatomy
-        if len(anatomy.layers) != 1 or self.compiled.base.head not in ("causal-lm", "feature-extraction"):
-            raise DeltaError("PEFT runs a prefix under decoders and bare encoders only", there_is=[*anatomy.layers])
-        if not all(step.shift for step in steps(self.compiled, "prefix")):
-            raise DeltaError("PEFT moves the text's positions up by the prefix, and this build does not")
-        (layers,) = anatomy.layers.values()
-        slots = []
-        for layer in range(layers):
-            for part in ("prefix.key", "prefix.value"):
-                own = [d for d in self.ledger.deltas.values() if d.part == part and d.layer == layer]
-                if not own:
-                    raise DeltaError(f"PEFT has a prefix in every layer, and layer {layer} has none here")
-                slots.append(self.deployed[own[0].name])
-        if len({slot.shape for slot in slots}) > 1:
-            raise DeltaError("PEFT's prefix has keys and values of one size in all layers")
-        heads, length, width = slots[0].shape
-        rows = torch.stack(slots).permute(2, 0, 1, 3).reshape(length, -1)
-        return {
-            "peft_type": "PREFIX_TUNING",
-            "num_virtual_tokens": length,
-            "num_layers": layers,
-            "num_attention_heads": heads,
-            "token_dim": heads * width,
-            "num_transformer_submodules": 1,
-        }, {"prompt_embeddings": rows}
-
-    def _prompt(self) -> tuple[dict[str, Any], Tensors]:
-        if any(step.place != "front" for step in steps(self.compiled, "prompt")):
-            raise DeltaError("PEFT's prompt stands before the text, and this build's after its first token")
-        (delta,) = [d for d in self.ledger.deltas.values() if d.part == "prompt"]
-        rows = self.deployed[delta.name]
-        config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": len(rows), "token_dim": rows.shape[1]}
-        layers = sum(self.compiled.program.anatomy.layers.values())
-        shape = {"num_layers": layers, "num_attention_heads": 1, "num_transformer_submodules": 1}
-        return config | shape, {"prompt_embeddings": rows}
 
     # -- modules ------------------------------------------------------------------------------------------------
 
@@ -280,10 +262,6 @@ class _Writer:
 def tidy(number: float) -> float | int:
     """A whole number where rounding alone keeps it from being one."""
     return round(number) if abs(number - round(number)) < 1e-9 else number
-
-
-def _width(model: nn.Module, site: Projection) -> int:
-    return int(model.get_parameter(site.weight).shape[1 if site.in_first else 0])
 
 
 def _spread(b: Tensor, site: Projection, width: int) -> Tensor:

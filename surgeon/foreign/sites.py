@@ -50,6 +50,11 @@ def module_names(model: Any, parameter: str) -> list[str]:
     ]
 
 
+def width_of(model: Any, site: Projection) -> int:
+    """Output features of the whole module of a projection, fused or not."""
+    return int(model.get_parameter(site.weight).shape[1 if site.in_first else 0])
+
+
 def parameter(model: Any, name: str) -> torch.Tensor | None:
     """A parameter or a buffer of the base, by any of its names."""
     named = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}

@@ -36,6 +36,11 @@ CASES = {
     "ia3_gpt2": ("gpt2", CAUSAL, [{"ia3": {"where": ["attention.key", "attention.value", "ffn.down"]}}], None),
     "prefix_llama": ("llama", CAUSAL, [{"prefix": {"length": 5, "std": 1.0}}], None),
     "prefix_gpt2_mlp": ("gpt2", CAUSAL, [{"prefix": {"length": 5, "hidden": 8}}], None),
+    "p_tuning_v2_llama": ("llama", CAUSAL, [{"p_tuning_v2": {"length": 5, "hidden": 8}}], None),
+    "p_tuning_bert": ("bert", CLASSIFIER, [{"p_tuning": {"template": "[P]*4 {text}"}}], 3),
+    "p_tuning_gpt2": ("gpt2", CAUSAL, [{"p_tuning": {"template": "[P]*4 {text}", "encoder": "mlp"}}], None),
+    "vera_bert": ("bert", CLASSIFIER, [{"vera": {"rank": 24, "where": ["attention.query", "ffn.up"]}}], 3),
+    "vera_llama": ("llama", CAUSAL, [{"vera": {"rank": 24, "projection_key": 3}}], None),
     "prompt_bert": ("bert", CLASSIFIER, [{"prompt": {"length": 5}}], 3),
     "prompt_t5": ("t5", SEQ2SEQ, [{"prompt": {"length": 5}}], None),
 }
@@ -58,14 +63,16 @@ def test_peft_loads_the_very_bytes_and_answers_alike(case, foundry, compare, tmp
     for key, tensor in stored.items():
         name = key.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default.")
         name = name.replace("lora_magnitude_vector", "lora_magnitude_vector.default.weight")
-        places = [name, name.replace(".ia3_l", ".ia3_l.default"), f"{name}.default"]
+        places = [name, name.replace(".ia3_l", ".ia3_l.default"), f"{name}.default"]  # VeRA's have the name last too
         saved = [
             k for k in held if ".modules_to_save.default." in k and k.replace(".modules_to_save.default", "") == key
         ]
         places += saved
-        if key != "prompt_embeddings":
+        if key == "prompt_embeddings":
+            assert held["prompt_encoder.default.embedding.weight"].equal(tensor)
+        else:
             assert any(place in held and held[place].equal(tensor) for place in places), key
-    if case in ("lora_bert", "lora_llama", "ia3_bert", "prompt_bert"):
+    if case in ("lora_bert", "lora_llama", "ia3_bert", "prompt_bert", "vera_bert"):
         back = foundry.compile(base, head, a=folder).model("a").state_dict()
         for name, tensor in model.state_dict().items():
             assert back[name].equal(tensor), name
@@ -98,6 +105,12 @@ def test_a_trained_task_goes_out_and_comes_back(foundry, compare, tmp_path, surg
         ([LORA, {"bitfit": {"where": "attention.query"}}], "bitfit"),
         ([{"prefix": {"length": 3}}], "prefix"),
         ([{"prompt": {"length": 3, "place": "after"}}], "after"),
+        ([{"prompt": {"length": 3, "ensemble": 2}}], "ensembles"),
+        ([{"p_tuning": {"template": "[P] {text} [P]"}}], "behind it"),
+        ([{"p_tuning": {"template": "[P] {text}", "place": "after"}}], "after"),
+        ([{"full": {}}], "a whole model"),
+        ([{"compacter": {"bottleneck": 4, "norms": False}}], "no bottleneck adapters"),
+        ([{"vera": {"rank": 4}}, {"vera": {"rank": 8, "where": "ffn.up"}}], "one pair of matrices"),
     ],
 )
 def test_what_peft_cannot_hold_is_refused(surgery, says, foundry):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import surgeon
@@ -229,3 +230,54 @@ def test_an_encoder_decoders_layers_share_prefixes_as_peft_deals_them(foundry, c
     import_build({"a": foreign.path}, str(base), tmp_path / "build")
     fed = compare.feed(foreign.model)
     assert compare.gap(compare.served(tmp_path / "build", "a", fed), compare.answers(foreign.model, fed)) <= 1e-5
+
+
+OWN = "base_model.model.bert.encoder.layer.1.attention.self.query."
+
+
+def rename(tensors):
+    for part in "bd":
+        tensors[OWN.replace("query", "qwery") + f"vera_lambda_{part}"] = tensors.pop(f"{OWN}vera_lambda_{part}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda t: t.pop(f"{OWN}vera_lambda_b"), "vera_lambda_b is missing"),
+        (lambda t: [t.pop(f"{OWN}vera_lambda_{part}") for part in "bd"], "1 modules that the configuration selects"),
+        (lambda t: t.pop("base_model.vera_B"), "not both in the file"),
+        (lambda t: t.update({"base_model.vera_A": t["base_model.vera_A"][:8].clone()}), "not of rank 24"),
+        (lambda t: t.update({f"{OWN}vera_lambda_d": torch.ones(8)}), "for a rank of 24"),
+        (lambda t: t.update({f"{OWN}vera_lambda_b": torch.ones(8)}), r"would be \[8\]"),
+        (lambda t: t.update({f"{OWN}vera_lambda_c": torch.ones(8)}), "vera_lambda_c"),
+        (lambda t: t["base_model.vera_A"][3].fill_(float("nan")), "NaN"),
+        (rename, "selects have no tensors|no projection"),
+    ],
+)
+def test_no_vera_is_read_in_part(damage, says, made, foundry):
+    base, head, foreign = made("vera_bert")
+    foreign.tensors(damage)
+    with pytest.raises(DeltaError, match=says):
+        foundry.compile(base, head, a=foreign.path)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "damage", "says"),
+    [
+        ("prefix_bart", {"num_layers": 3}, None, "3 layers"),
+        ("prefix_bart", {"num_transformer_submodules": 3}, None, "one stack or two"),
+        ("prefix_bart", {"num_transformer_submodules": 1}, None, "no stack"),
+        ("prefix_bart", {}, lambda t: t["prompt_embeddings"][0].fill_(float("nan")), "NaN"),
+        ("prefix_bart", {}, lambda t: t.update({"prompt_embeddings": t["prompt_embeddings"][1:]}), "5 virtual tokens"),
+        ("prefix_bart", {}, lambda t: t.update({"more": torch.ones(2)}), "more"),
+        ("prompt_t5", {}, lambda t: t.update({"prompt_embeddings": t["prompt_embeddings"][1:]}), "5 virtual tokens"),
+        ("prompt_t5", {}, lambda t: t.update({"rows": t.pop("prompt_embeddings")}), "prompt_embeddings is missing"),
+    ],
+)  # fmt: skip
+def test_no_virtual_tokens_are_read_in_part(case, changes, damage, says, made, foundry):
+    base, head, foreign = made(case)
+    foreign.config(**changes)
+    if damage is not None:
+        foreign.tensors(damage)
+    with pytest.raises(DeltaError, match=says):
+        foundry.compile(base, head, a=foreign.path)
