@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class Writer:
     def write(self) -> tuple[dict[str, Any], Tensors]:
         used = {d.technique for d in self.ledger.deltas.values() if not self.is_default(d)}
         methods = sorted(used - set(MODULES))
-        writers = {
+        writers: dict[str, Callable[[], tuple[dict[str, Any], Tensors]]] = {
             "lora": self._lora,
             "adalora": self._adalora,
             "ia3": self._ia3,
