@@ -2,6 +2,7 @@
 
 Both go through `surgeon.train`: same base, rows, batches, optimiser, learning rate and number of steps. Each finished
 run is a line of benchmarks/out/quality.jsonl, so a run that was stopped goes on; the page is written from these lines.
+Times of a step are taken at the end, ours and the peer's in turn.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from benchmarks.bases import BASES, open_model
-from benchmarks.measure import Section
+from benchmarks.measure import THREADS, Section, interleave, milliseconds, ratio
 from benchmarks.recipes import LEFT_OUT, Recipe, recipes
+from benchmarks.training import step
 from demo.data import prepare
 from surgeon import compile
 from surgeon.runtime.taskfile import write_adapter
@@ -54,10 +56,10 @@ class Setting:
         """Of one run."""
         return self.epochs * math.ceil(self.rows / self.batch_size)
 
-    def options(self, rate: float, seed: int) -> TrainOptions:
+    def options(self, rate: float, seed: int, threads: int) -> TrainOptions:
         """For the one loop."""
         own = {"epochs": self.epochs, "batch_size": self.batch_size, "max_length": self.max_length}
-        return TrainOptions(**own, learning_rate=rate, seed=seed, threads=2)
+        return TrainOptions(**own, learning_rate=rate, seed=seed, threads=threads)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,6 @@ class Result:
     accuracy: float
     parameters: int
     bytes: int
-    step: float
 
 
 def main() -> None:
@@ -82,6 +83,7 @@ def main() -> None:
     reader.add_argument("--epochs", type=int, default=3)
     reader.add_argument("--batch-size", type=int, default=16)
     reader.add_argument("--seeds", type=int, default=3, help="runs of each")
+    reader.add_argument("--threads", type=int, default=THREADS, help="of the training; steps are timed with two")
     reader.add_argument("--techniques", nargs="+", default=None, help="only these; the page is then not written")
     given = reader.parse_args()
     setting = Setting(given.rows, given.test_rows, given.epochs, batch_size=given.batch_size)
@@ -89,29 +91,29 @@ def main() -> None:
     console = Console()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     warnings.simplefilter("ignore")  # of the peers
-    torch.set_num_threads(2)
+    torch.set_num_threads(given.threads)
     began = time.perf_counter()
     for recipe in chosen:
         for who in (OURS, *([recipe.by] if recipe.peer else [])):
             for seed in range(given.seeds):
                 if (recipe.name, who, seed, recipe.rate) not in _done(setting):
-                    found = run(recipe, who, seed, setting)
+                    found = run(recipe, who, seed, setting, given.threads)
                     _keep(setting, found)
-                    said = (
-                        f"{found.accuracy:.3f}, {1000 * found.step:.0f} ms a step, {time.perf_counter() - began:.0f} s"
-                    )
+                    said = f"{found.accuracy:.3f} after {time.perf_counter() - began:.0f} s"
                     console.print(f"{recipe.name:12} {who:12} seed {seed}: {said}")
     rates = {recipe.name: recipe.rate for recipe in chosen}
     results = [
         r for (name, _, seed, rate), r in _done(setting).items() if seed < given.seeds and rates.get(name) == rate
     ]
-    section = table(results, setting, given.seeds)
+    torch.set_num_threads(THREADS)
+    steps = {recipe.name: step_times(recipe, setting) for recipe in chosen}
+    section = table(results, steps, setting, given.seeds)
     console.print(section.markdown())
     if given.techniques is None:
         PAGE.write_text(page(section), encoding="utf-8")
 
 
-def run(recipe: Recipe, who: str, seed: int, setting: Setting) -> Result:
+def run(recipe: Recipe, who: str, seed: int, setting: Setting, threads: int) -> Result:
     """Train one model and test it."""
     train, test = _rows(setting)
     torch.manual_seed(seed)
@@ -124,11 +126,19 @@ def run(recipe: Recipe, who: str, seed: int, setting: Setting) -> Result:
     else:
         assert recipe.peer is not None
         model = recipe.peer(open_model(BASE), setting.steps)
-    done = train_task(model, _tokenizer(), train, None, setting.options(recipe.rate, seed))
+    train_task(model, _tokenizer(), train, None, setting.options(recipe.rate, seed, threads))
     accuracy = evaluate(model, _tokenizer(), test, max_length=setting.max_length).accuracy
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = _size(model, who)
-    return Result(recipe.name, who, seed, recipe.rate, accuracy, parameters, size, done.seconds_per_step)
+    return Result(recipe.name, who, seed, recipe.rate, accuracy, parameters, size)
+
+
+def step_times(recipe: Recipe, setting: Setting) -> dict[str, list[float]]:
+    """Seconds of a training step on one batch of 32 tokens a row, ours and the peer's in turn."""
+    models = {OURS: _compiled(recipe.name).model("seed0").train()}
+    if recipe.peer:
+        models[recipe.by] = recipe.peer(open_model(BASE), setting.steps).train()
+    return interleave({who: step(model, setting.batch_size, 32) for who, model in models.items()}, rounds=10)
 
 
 @cache
@@ -181,7 +191,9 @@ def _keep(setting: Setting, result: Result) -> None:
         file.write(json.dumps({"setting": asdict(setting), "result": asdict(result)}) + "\n")
 
 
-def table(results: list[Result], setting: Setting, seeds: int) -> Section:
+def table(
+    results: list[Result], steps: Mapping[str, Mapping[str, list[float]]], setting: Setting, seeds: int
+) -> Section:
     """A row for each technique, with a verdict."""
     runs: dict[tuple[str, str], list[Result]] = {}
     for result in results:
@@ -189,9 +201,11 @@ def table(results: list[Result], setting: Setting, seeds: int) -> Section:
     text = (
         f"The demo's `movie` task on {BASE}: {setting.rows} training rows of two labels, {setting.test_rows} test "
         f"rows, {setting.epochs} epochs of batches of {setting.batch_size}, {setting.steps} steps, texts cut at "
-        f"{setting.max_length} tokens, {seeds} seeds, two threads; the last step's weights are tested. Accuracy is the "
+        f"{setting.max_length} tokens, {seeds} seeds; the last step's weights are tested. Accuracy is the "
         "mean ± standard deviation over the seeds. *Peer* is PEFT, or the base itself in plain torch with the same "
         "parameters trained; both go through the same loop with the same rows, batches, optimiser and learning rate."
+        f" A *step* is forward, backward and AdamW on {setting.batch_size} × 32 tokens with two threads, ours and the "
+        "peer's in turn: medians."
         "\n\n*Above head only*: by more than two pooled standard errors. *As the peer*: no further apart than two "
         "pooled standard errors, or than one test row."
     )
@@ -204,14 +218,16 @@ def table(results: list[Result], setting: Setting, seeds: int) -> Section:
         "file",
         "peer's file",
         "step",
-        "peer's step",
+        "step / peer's",
     )
     names = list(dict.fromkeys(name for name, _ in runs))
-    rows = tuple(tuple(_row(name, runs, setting)) for name in names if (name, OURS) in runs)
+    rows = tuple(tuple(_row(name, runs, steps[name], setting)) for name in names if (name, OURS) in runs)
     return Section("Accuracy of every technique", text, (*columns, "above head only", "as the peer"), rows)
 
 
-def _row(name: str, runs: Mapping[tuple[str, str], list[Result]], setting: Setting) -> Iterator[str]:
+def _row(
+    name: str, runs: Mapping[tuple[str, str], list[Result]], steps: Mapping[str, list[float]], setting: Setting
+) -> Iterator[str]:
     own, head = runs[name, OURS], runs.get(("head", OURS))
     peer = next((found for (other, by), found in runs.items() if other == name and by != OURS), None)
     yield f"`{name}`"
@@ -221,8 +237,8 @@ def _row(name: str, runs: Mapping[tuple[str, str], list[Result]], setting: Setti
     yield f"{own[0].parameters:,}"
     yield f"{own[0].bytes / 1e6:.2f} MB"
     yield f"{peer[0].bytes / 1e6:.2f} MB" if peer else ""
-    yield f"{1000 * statistics.median(r.step for r in own):.0f} ms"
-    yield f"{1000 * statistics.median(r.step for r in peer):.0f} ms" if peer else ""
+    yield milliseconds(steps[OURS])
+    yield f"{ratio(steps, OURS, peer[0].by):.2f}" if peer else ""
     yield "" if name == "head" or head is None else _above(own, head)
     yield "" if peer is None else _like(own, peer, setting)
 

@@ -69,6 +69,17 @@ def recipes() -> dict[str, Recipe]:
             _peft(peft.PromptTuningConfig, num_virtual_tokens=20, prompt_tuning_init="SAMPLE_VOCAB"),
             "PEFT",
         ),
+        "p_tuning": (
+            ({"p_tuning": {"template": "[P]*10 {text}"}},),
+            _peft(
+                peft.PromptEncoderConfig,
+                num_virtual_tokens=10,
+                encoder_reparameterization_type="LSTM",
+                encoder_hidden_size=192,
+                encoder_dropout=0.0,
+            ),
+            "PEFT",
+        ),
         "vera": (
             ({"vera": {"rank": 256}},),
             _peft(peft.VeraConfig, r=256, target_modules=QV, vera_dropout=0.0),
