@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 from torch.fx.node import Argument
 
+from surgeon.bodies import Bodies
 from surgeon.dataflow import ancestors, descendants
 from surgeon.errors import InvariantError
 from surgeon.ledger import Delta
@@ -37,6 +37,7 @@ class Rewriting:
     _current: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _edges: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
     _author: tuple[str, str] = ("", "")
+    _bodies: Bodies = field(default_factory=Bodies)
 
     @property
     def graph(self) -> fx.Graph:
@@ -80,10 +81,9 @@ class Rewriting:
 
         `fn` must broadcast over a leading batch dimension of its deltas and must not capture tensors.
         """
-        fakes = [node.meta["val"] for node in inputs] + [self._fake(delta) for delta in deltas]
-        # make_fx counts a bound method's `self` as an argument, so it gets a plain function.
-        body = make_fx(lambda *values: fn(*values), pre_dispatch=True, tracing_mode="real")(*fakes)  # noqa: PLW0108
-        captured = [n.target for n in body.graph.nodes if n.op == "get_attr"]
+        fakes = [self._fake(delta) for delta in deltas]
+        body = list(self._bodies.trace(fn, [node.meta["val"] for node in inputs], fakes))
+        captured = [node.target for node, _ in body if node.op == "get_attr"]
         if captured:
             raise InvariantError(f"the body of '{self._author[0]}' captures constants: {captured}")
         anchor = max(inputs)
@@ -91,15 +91,14 @@ class Rewriting:
             anchor = max(n for n in self.graph.nodes if n.op == "placeholder")
         env: dict[fx.Node, Argument] = {}
         with self.graph.inserting_before(anchor.next):
-            read = [self._read(delta, fake) for delta, fake in zip(deltas, fakes[len(inputs) :], strict=True)]
-            arguments = iter([*inputs, *read])
-            for inner in body.graph.nodes:
+            arguments = iter([*inputs, *map(self._read, deltas, fakes)])
+            for inner, value in body:
                 if inner.op == "placeholder":
                     env[inner] = next(arguments)
                 elif inner.op == "output":
-                    result = env[inner.args[0]]
+                    (result,) = (env[last] for last in inner.all_input_nodes)
                 else:
-                    env[inner] = self._copy(inner, env, anchor)
+                    env[inner] = self._copy(inner, value, env, anchor)
         assert isinstance(result, fx.Node)
         return result
 
@@ -217,9 +216,9 @@ class Rewriting:
         node.meta["surgeon"] = self._author
         return node
 
-    def _copy(self, inner: fx.Node, env: Mapping[fx.Node, Argument], anchor: fx.Node) -> fx.Node:
+    def _copy(self, inner: fx.Node, value: Any, env: Mapping[fx.Node, Argument], anchor: fx.Node) -> fx.Node:
         node = self.graph.node_copy(inner, lambda n: env[n])
-        node.meta = {"val": inner.meta.get("val"), "surgeon": self._author}
+        node.meta = {"val": value, "surgeon": self._author}
         if "nn_module_stack" in anchor.meta:
             node.meta["nn_module_stack"] = anchor.meta["nn_module_stack"]
         return node

@@ -23,6 +23,7 @@ CHAINS = (
 )
 CORE = (
     "program",
+    "bodies",
     "rewriting",
     "holding",
     "anatomy",
