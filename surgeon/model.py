@@ -16,6 +16,7 @@ from surgeon.errors import DeltaError, shorten
 from surgeon.ledger import Ledger, Start, initial
 from surgeon.packing import packed
 from surgeon.probes import Probe, Reader
+from surgeon.recompute import recomputed
 from surgeon.trace import Input
 
 LOSSES = {
@@ -36,7 +37,7 @@ class TaskModel(nn.Module):
     """
 
     _graph: fx.GraphModule
-    _twin: fx.GraphModule | None
+    _twins: dict[tuple[bool, bool], fx.GraphModule]
     accepts_loss_kwargs = False
     """Tells `transformers.Trainer` that the loss is a mean over the batch."""
 
@@ -67,7 +68,8 @@ class TaskModel(nn.Module):
                 module._modules[node.target] = copy.copy(module._modules[node.target])
         # The graph runs unregistered while its children and tensors are registered here, under the names of the ledger.
         object.__setattr__(self, "_graph", module)
-        object.__setattr__(self, "_twin", None)
+        object.__setattr__(self, "_twins", {})
+        self.is_gradient_checkpointing = False
         self._modules = module._modules
         self._parameters = module._parameters
         self._buffers = module._buffers
@@ -123,7 +125,7 @@ class TaskModel(nn.Module):
         names = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
         values = (input_ids, attention_mask, token_type_ids, decoder_input_ids)
         given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
-        output = self._run(self._complete(given, labels), self._graph if texts is None else self._packed)
+        output = self._run(self._complete(given, labels), self._form(texts is not None))
         targets = {"labels": labels, "start_positions": start_positions, "end_positions": end_positions}
         if any(value is not None for value in targets.values()):
             given_targets = {name: _as_often(value, output) for name, value in targets.items() if value is not None}
@@ -140,13 +142,26 @@ class TaskModel(nn.Module):
         replaced = {n: deployed[n] for n in self._replaced} | self._dropped
         return functional_call(graph, replaced, (), dict(inputs))
 
-    @property
-    def _packed(self) -> fx.GraphModule:
-        """The graph for rows of several texts; made when it is first asked for."""
-        if self._twin is None:
-            object.__setattr__(self, "_twin", packed(self._graph))
-        assert self._twin is not None
-        return self._twin
+    def _form(self, several: bool) -> fx.GraphModule:
+        """The graph, or a twin of it: for several texts a row, for training in less memory. Made when first needed."""
+        frugal = self.training and self.is_gradient_checkpointing
+        graph = self._twin((True, False), packed, self._graph) if several else self._graph
+        return self._twin((several, True), recomputed, graph) if frugal else graph
+
+    def _twin(
+        self, key: tuple[bool, bool], make: Callable[[fx.GraphModule], fx.GraphModule], of: fx.GraphModule
+    ) -> fx.GraphModule:
+        if key not in self._twins:
+            self._twins[key] = make(of)
+        return self._twins[key]
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Keep fewer values for the backward pass and compute the others again; `transformers.Trainer` calls this."""
+        self.is_gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all values for the backward pass."""
+        self.is_gradient_checkpointing = False
 
     def look(self, **inputs: Tensor) -> list[tuple[Probe, Tensor]]:
         """The values that passes marked, for these inputs: how much each fused adapter weighs, say."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from surgeon.errors import SpecError
+from surgeon.recompute import twin
 
 aten = torch.ops.aten
 VIEWS = (aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten.view.default, aten.slice.Tensor)
@@ -37,13 +38,7 @@ def packed(graph_module: fx.GraphModule) -> fx.GraphModule:
             there_is="trained tokens before the text, or a base with another mask",
             try_="without packing",
         )
-    twin = fx.GraphModule(graph_module, graph)
-    twin._modules, twin._parameters, twin._buffers = (  # whatever a task changes here, it changes there
-        graph_module._modules,
-        graph_module._parameters,
-        graph_module._buffers,
-    )
-    return twin
+    return twin(graph_module, graph)
 
 
 def _within_texts(graph: fx.Graph, texts: fx.Node) -> int:

@@ -57,6 +57,10 @@ def train(
     packing: Annotated[
         bool | None, typer.Option("--packing", help="Put several short texts in a row, each read as if alone.")
     ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option("--gradient-checkpointing", help="Compute activations again: less memory, another forward."),
+    ] = None,
     checkpoint_steps: Annotated[
         int | None, typer.Option("--checkpoint-steps", help="Steps between checkpoints; there is one after each epoch.")
     ] = None,
@@ -98,6 +102,7 @@ def train(
         "grad_clip": grad_clip,
         "gradient_accumulation": gradient_accumulation,
         "packing": packing,
+        "gradient_checkpointing": gradient_checkpointing,
         "checkpoint_steps": checkpoint_steps,
         "threads": threads,
     }

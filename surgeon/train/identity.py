@@ -17,7 +17,7 @@ from surgeon.train.processes import Processes
 if TYPE_CHECKING:
     from surgeon.model import TaskModel
 
-INDIFFERENT = {"threads", "checkpoint_steps"}
+INDIFFERENT = {"threads", "checkpoint_steps", "gradient_checkpointing"}
 
 
 def identify(

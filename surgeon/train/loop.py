@@ -70,7 +70,7 @@ def train_task(
         processes.agree(identity)
         run = Run(model, options, data, identity, processes)
         found = newest_checkpoint(checkpoint_dir) if checkpoint_dir is not None else None
-        with _unchanged_on_failure(model):
+        with _frugal(model, on=options.gradient_checkpointing), _unchanged_on_failure(model):
             if found is not None:
                 run.restore(found, checkpoint_dir)
             try:
@@ -115,6 +115,17 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _frugal(model: TaskModel, *, on: bool) -> Iterator[None]:
+    if on:
+        model.gradient_checkpointing_enable()
+    try:
+        yield
+    finally:
+        if on:
+            model.gradient_checkpointing_disable()
 
 
 @contextmanager

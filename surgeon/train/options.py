@@ -31,5 +31,8 @@ class TrainOptions(BaseModel):
     grad_clip: PositiveFloat | None = Field(default=1.0, description="Largest norm of the gradient.")
     gradient_accumulation: PositiveInt = Field(default=1, description="Batches to a step.")
     packing: bool = Field(default=False, description="Put several short texts in a row, each read as if alone.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Compute activations again in the backward pass: less memory, another forward."
+    )
     checkpoint_steps: PositiveInt | None = Field(default=None, description="Steps between checkpoints within an epoch.")
     threads: PositiveInt | None = Field(default=None, description="CPU threads; as torch has them where not set.")
