@@ -73,6 +73,22 @@ class Contents:
     program: Program
     models: Mapping[str, TaskModel]
 
+    @property
+    def generation(self) -> dict[str, Any] | None:
+        """What writes a text: where the cache goes in and comes out, and the tokens that end a text."""
+        inputs = self.program.inputs
+        cache = [
+            {
+                "past": {"name": i.name, "dtype": str(i.dtype).removeprefix("torch."), "axes": list(i.axes)},
+                "present": present,
+            }
+            for i, present in zip((i for i in inputs if i.cached), self.program.presents, strict=True)
+        ]
+        said: Any = getattr(self.base.model, "generation_config", self.base.model.config)
+        end = said.eos_token_id
+        ends = [] if end is None else [end] if isinstance(end, int) else list(end)
+        return {"cache": cache, "end": ends} if cache else None
+
 
 def write_build(contents: Contents, out: Path, report: Callable[[str], None]) -> Path:
     """Write everything a build holds. Raises BuildError where it cannot; then nothing of it is left."""
@@ -182,7 +198,11 @@ def _document(contents: Contents, facts: Mapping[str, Any]) -> dict[str, Any]:
         },
         "weights": contents.spec.export.weights,
         "modes": list(contents.spec.export.modes),
-        "inputs": [{"name": i.name, "dtype": "int64", "axes": list(i.axes), "fill": i.fill} for i in program.inputs],
+        "inputs": [
+            {"name": i.name, "dtype": "int64", "axes": [_alone(axis) for axis in i.axes], "fill": i.fill}
+            for i in program.inputs
+            if not i.cached
+        ],
         "deltas": [
             {
                 "name": d.name,
@@ -199,14 +219,21 @@ def _document(contents: Contents, facts: Mapping[str, Any]) -> dict[str, Any]:
                 "droppable": d.droppable,
                 "least": {str(axis): size for axis, size in d.least.items()},
                 "padding": d.padding,
+                "once": d.once,
             }
             for d in program.ledger.deltas.values()
         ],
         "positions": dict(program.ledger.positions),
         "counted": dict(program.counted),
+        "generation": contents.generation,
         "tools": tool_versions(),
         **facts,
     }
+
+
+def _alone(axis: str | int) -> str | int:
+    """An axis as a caller sees it who gives a whole text, without a past."""
+    return axis.removeprefix("past+") if isinstance(axis, str) else axis
 
 
 def _write_manifest(folder: Path, document: Mapping[str, Any]) -> None:

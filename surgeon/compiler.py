@@ -12,9 +12,9 @@ from torch import fx
 from surgeon.anatomy import find
 from surgeon.base import Base, load_base, open_base
 from surgeon.build import BASE, Contents, check_writable, pack_task, write_build
-from surgeon.errors import BuildError, DeltaError, SpecError, did_you_mean
+from surgeon.errors import BuildError, DeltaError, InvariantError, SpecError, did_you_mean
 from surgeon.exporters.quantise import check_weights
-from surgeon.ledger import symbols
+from surgeon.ledger import Delta, symbols
 from surgeon.model import TaskModel
 from surgeon.module import switchable
 from surgeon.passes import Pass
@@ -24,7 +24,7 @@ from surgeon.program import Program
 from surgeon.registry import technique
 from surgeon.runtime.manifest import Task, hash_file, read_manifest
 from surgeon.spec import BaseSpec, HeadName, Spec, read_spec
-from surgeon.trace import text_inputs, trace
+from surgeon.trace import Input, cached_inputs, text_inputs, trace
 from surgeon.weights import read_weights
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class Compiled:
     spec: Spec
     base: Base
     program: Program
+    served: Program | None = None
+    """What is exported, where that is another graph with the same deltas: one that generates from a cache."""
     _graph: fx.GraphModule = field(init=False)
     _models: dict[str, TaskModel] = field(default_factory=dict)
 
@@ -91,7 +93,9 @@ class Compiled:
     def save(self, out: str | Path, *, progress: Progress | None = None) -> Path:
         """Write the build directory `out`, which must be absent or empty."""
         models = {task: self.model(task) for task in self.tasks}
-        return write_build(Contents(self.spec, self.base, self.program, models), Path(out), progress or _silent)
+        return write_build(
+            Contents(self.spec, self.base, self.served or self.program, models), Path(out), progress or _silent
+        )
 
     def pack(self, build: str | Path, task: str) -> None:
         """Put the present weights of `task` into an existing build; the others stay as they are."""
@@ -130,9 +134,10 @@ def _operate(
     opened, program = study(source, weights=weights, seed=spec.seed, progress=report)
     report("operating")
     run_passes(program, steps, lambda i: spec.locate(("surgery", i)))
+    served = _generating(spec, opened, program, steps, report) if spec.export.generate else None
     if not lent:
         opened.release(program.stored)
-    return Compiled(spec, opened, program)
+    return Compiled(spec, opened, program, served)
 
 
 def study(
@@ -148,12 +153,40 @@ def study(
     return opened, begin(opened, graph_module)
 
 
-def begin(opened: Base, graph_module: fx.GraphModule) -> Program:
+def _generating(spec: Spec, opened: Base, program: Program, steps: list[Pass], report: Progress) -> Program:
+    """The same surgery on the base as it generates. Raises SpecError for a base that does not."""
+    where = spec.locate(("export", "generate"))
+    if opened.head != "causal-lm":
+        raise SpecError(
+            "export.generate: this base does not write texts",
+            where=where,
+            there_is=f"head: {opened.head}",
+            try_="`head: causal-lm` under `base`",
+        )
+    if "mixed" in spec.export.modes:
+        raise SpecError(
+            "export.generate: a build that writes texts takes one task a call", where=where, try_="`modes: [switch]`"
+        )
+    report("tracing with a cache")
+    inputs = cached_inputs(opened.model)
+    served = begin(opened, trace(opened.model, inputs), inputs)
+    report("operating")
+    run_passes(served, steps, lambda i: spec.locate(("surgery", i)))
+    if [_port(d) for d in served.ledger.deltas.values()] != [_port(d) for d in program.ledger.deltas.values()]:
+        raise InvariantError("with a cache the surgery gives other deltas than without", where=where)
+    return served
+
+
+def _port(delta: Delta) -> tuple[Any, ...]:
+    return delta.name, delta.shape, dict(delta.free), delta.dtype, tuple(delta.default.shape)
+
+
+def begin(opened: Base, graph_module: fx.GraphModule, inputs: tuple[Input, ...] | None = None) -> Program:
     """The program of a traced base before surgery."""
     return Program(
         graph_module=graph_module,
         anatomy=find(graph_module),
-        inputs=text_inputs(opened.model),
+        inputs=inputs or text_inputs(opened.model),
         config=opened.model.config,
         head=opened.head,
         fingerprint=opened.fingerprint,

@@ -29,7 +29,8 @@ class Delta:
     a symbol the same one. Without `init` the tensor is not trained itself: a fold computes it.
     `rate` multiplies the learning rate. A task may leave an `optional` delta to the base, as it may keep the base's own
     head; a `droppable` one can be left out layer by layer at run time (AdapterDrop). `padding` fills up its free axes
-    where tasks of several sizes share a batch: what leaves the larger task's function as it is.
+    where tasks of several sizes share a batch: what leaves the larger task's function as it is. One that acts `once` is
+    read where a text begins, and has its default where a later part of the text goes on from a cache.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Delta:
     optional: bool = False
     droppable: bool = False
     padding: float = 0.0
+    once: bool = False
 
     def sample(self) -> Tensor:
         """Zeros to trace with: free axes of at least two, since sizes 0 and 1 are frozen by a trace."""

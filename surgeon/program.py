@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.func import functional_call
 
 from surgeon.anatomy import Anatomy, Site
+from surgeon.cached import PAST, PRESENT
 from surgeon.errors import CompositionError, SpecError
 from surgeon.holding import Holding
 from surgeon.ledger import Delta, Fold, Init, Ledger, Penalty, Schedule, Trained, generator, symbols
@@ -61,6 +62,7 @@ class Program(Holding):
         optional: bool = False,
         droppable: bool = False,
         padding: float = 0.0,
+        once: bool = False,
     ) -> Delta:
         """Make a delta at `site` and enter it in the ledger.
 
@@ -99,12 +101,23 @@ class Program(Holding):
             optional=optional,
             droppable=droppable,
             padding=padding,
+            once=once,
         )
         self.ledger.add(delta)
         self._makers[name] = self._author
         example = init(delta.shape, generator(name)) if init else torch.zeros(delta.shape)
         self._owner(name).register_parameter(name.rpartition(".")[2], torch.nn.Parameter(example.to(dtype)))
         return delta
+
+    @property
+    def generates(self) -> bool:
+        """Whether the graph goes on from a cache, so that what it reads may be a part of a text."""
+        return any(i.cached for i in self.inputs)
+
+    @property
+    def presents(self) -> list[str]:
+        """The outputs that the cache leaves by, in the order of its inputs."""
+        return [i.name.replace(PAST, PRESENT, 1) for i in self.inputs if i.cached]
 
     def maker(self, name: str) -> tuple[str, str]:
         """The technique and the step of the spec that made a delta."""
@@ -191,7 +204,7 @@ class Program(Holding):
         module = switchable(fx.GraphModule(self.graph_module, graph)).eval()
         device = next(self.graph_module.parameters()).device
         ids = inputs["input_ids"]
-        fills = {i.name: ids if i.fill is None else torch.full_like(ids, i.fill) for i in self.inputs}
+        fills = {i.name: i.absent(ids) for i in self.inputs}
         given = {name: inputs.get(name, fill) for name, fill in fills.items()}
         read = {node.target for node in graph.nodes if node.op == "get_attr"}
         defaults = {name: t.to(device) for name, t in self.ledger.defaults().items() if name in read}

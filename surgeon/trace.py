@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,19 +19,41 @@ from torch import Tensor, fx
 from torch.export import Dim
 from transformers import PreTrainedModel
 
+from surgeon.cached import PARTS, PAST, cache_shapes, cached_forward
 from surgeon.errors import TraceError
+
+SAMPLE = {"batch": 2, "sequence": 7, "decoder_sequence": 5, "rows": 3, "past": 4}
 
 
 @dataclass(frozen=True)
 class Input:
-    """A model input: integer ids or masks `[batch, sequence]`.
+    """A model input: integer ids or masks `[batch, sequence]`, or what earlier tokens left behind.
 
-    `fill` is what an absent one is taken to be: 1 for masks, 0 for token types, None where it is required.
+    That is a tensor of the cache, `[batch, heads, past, width]`.
+    `fill` is what an absent one is taken to be: 1 for masks, 0 for token types, None where it is required. An axis may
+    be a sum, `past+sequence`.
     """
 
     name: str
-    axes: tuple[str, ...]
+    axes: tuple[str | int, ...]
     fill: int | None = None
+    dtype: torch.dtype = torch.int64
+
+    @property
+    def cached(self) -> bool:
+        """Whether it is a part of the cache: without earlier tokens it has no columns."""
+        return self.dtype.is_floating_point
+
+    def shape(self, sizes: Mapping[str, int]) -> list[int]:
+        """Its shape where the axes have these sizes."""
+        return [a if isinstance(a, int) else sum(sizes[word] for word in a.split("+")) for a in self.axes]
+
+    def absent(self, ids: Tensor) -> Tensor:
+        """What stands for it where only `ids` [batch, sequence] are given; these themselves where it is required."""
+        if self.fill is None:
+            return ids
+        sizes = {"batch": ids.shape[0], "sequence": ids.shape[1], "decoder_sequence": ids.shape[1], "past": 0}
+        return torch.full(self.shape(sizes), self.fill, dtype=self.dtype, device=ids.device)
 
 
 def text_inputs(model: PreTrainedModel) -> tuple[Input, ...]:
@@ -51,19 +73,29 @@ def text_inputs(model: PreTrainedModel) -> tuple[Input, ...]:
     return tuple(i for i in known if i.name in accepted)
 
 
+def cached_inputs(model: PreTrainedModel) -> tuple[Input, ...]:
+    """The inputs of a decoder that generates: the new tokens, a mask over all tokens, and the cache of earlier ones."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    past = [
+        Input(f"{PAST}_{PARTS[i % 2]}_{i // 2}", ("batch", heads, "past", width), 0, dtype)
+        for i, (heads, width) in enumerate(cache_shapes(model))
+    ]
+    text = (Input("input_ids", ("batch", "sequence")), Input("attention_mask", ("batch", "past+sequence"), 1))
+    return (*text, *past)
+
+
 def sample_inputs(inputs: tuple[Input, ...], vocabulary: int, device: torch.device) -> dict[str, Tensor]:
     """Small valid inputs, every size different and at least two; ids are random but fixed."""
-    sizes = {"batch": 2, "sequence": 7, "decoder_sequence": 5, "rows": 3}
     rng = torch.Generator().manual_seed(0)
     low = min(3, vocabulary - 1)
-    return {
-        i.name: (
-            torch.randint(low, vocabulary, [sizes[a] for a in i.axes], generator=rng)
-            if i.fill is None
-            else torch.full([sizes[a] for a in i.axes], i.fill)
-        ).to(device)
-        for i in inputs
-    }
+
+    def sample(i: Input) -> Tensor:
+        shape = i.shape(SAMPLE)
+        if i.cached:
+            return torch.randn(shape, generator=rng).to(i.dtype)
+        return torch.randint(low, vocabulary, shape, generator=rng) if i.fill is None else torch.full(shape, i.fill)
+
+    return {i.name: sample(i).to(device) for i in inputs}
 
 
 def vocabulary(model: PreTrainedModel) -> int:
@@ -79,19 +111,21 @@ def vocabulary(model: PreTrainedModel) -> int:
 def trace(model: PreTrainedModel, inputs: tuple[Input, ...] | None = None) -> fx.GraphModule:
     """Trace `model` to a flat `GraphModule` called as the model is, with batch and sequence dynamic.
 
-    Parameters and buffers are the model's own tensors, not copies. Raises TraceError where torch.export
+    With the inputs of a cache it is the model in eval mode, from tokens and cache to the last token's logits and the
+    cache after it. Parameters and buffers are the model's own tensors, not copies. Raises TraceError where torch.export
     cannot follow the model or freezes one of its sizes.
     """
     inputs = inputs or text_inputs(model)
+    generates = any(i.cached for i in inputs)
     sample = sample_inputs(inputs, vocabulary(model), next(model.parameters()).device)
     training = model.training
-    with _traceable(model), _quiet():
+    with _traceable(model, [i.name for i in inputs] if generates else None), _quiet():
         try:
             exported = torch.export.export(
-                model.train(),
+                model.train(not generates),
                 (),
                 sample,
-                dynamic_shapes={i.name: dict.fromkeys(range(len(i.axes)), Dim.DYNAMIC) for i in inputs},
+                dynamic_shapes=_cached_dims(inputs) if generates else _dims(inputs),
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
@@ -114,11 +148,22 @@ def _reason(error: Exception) -> str:
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
+def _dims(inputs: tuple[Input, ...]) -> dict[str, Any]:
+    return {i.name: dict.fromkeys(range(len(i.axes)), Dim.DYNAMIC) for i in inputs}
+
+
+def _cached_dims(inputs: tuple[Input, ...]) -> dict[str, Any]:
+    """One symbol for the length of the past in all layers. The least total is that of the least past and sequence."""
+    words = {axis for i in inputs for axis in i.axes if isinstance(axis, str)}
+    dims = {word: Dim(word.replace("+", "_"), min=4) if "+" in word else Dim(word) for word in words}
+    return {i.name: {at: dims[axis] for at, axis in enumerate(i.axes) if isinstance(axis, str)} for i in inputs}
+
+
 @contextmanager
-def _traceable(model: PreTrainedModel) -> Iterator[None]:
-    """Switch off what stops a trace (the cache, layer drop, auxiliary losses) and restore it afterwards."""
+def _traceable(model: PreTrainedModel, cached: Sequence[str] | None) -> Iterator[None]:
+    """Switch off what stops a trace (layer drop, auxiliary losses, an unwanted cache) and restore it afterwards."""
     configs = list({id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values())
-    wanted = {"use_cache": False, "layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+    wanted = {"use_cache": cached is not None, "layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
     saved = [(c, k, getattr(c, k)) for c in configs for k in wanted if hasattr(c, k)]
     attributes = [(m, "layerdrop", m.layerdrop) for m in model.modules() if hasattr(m, "layerdrop")]
     try:
@@ -126,7 +171,12 @@ def _traceable(model: PreTrainedModel) -> Iterator[None]:
             setattr(config, key, wanted[key])
         for module, key, _ in attributes:
             setattr(module, key, 0.0)
-        yield
+        if cached is not None:
+            # Without gradients: attention of a mask that requires them is laid out in another way.
+            with cached_forward(model, cached), torch.no_grad():
+                yield
+        else:
+            yield
     finally:
         for owner, key, value in [*saved, *attributes]:
             setattr(owner, key, value)

@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 
 from surgeon.errors import TraceError
 from surgeon.program import Program
-from surgeon.trace import sample_inputs
+from surgeon.trace import SAMPLE
 
 aten = torch.ops.aten
 
@@ -153,10 +153,8 @@ class _Writer:
             elif node.target not in self.placeholders:
                 self.state[node.target] = tensor
                 self._add(node.target, self._mode.from_tensor(tensor, static_shapes=True))
-        samples = sample_inputs(program.inputs, 100, torch.device("cpu"))
         for given in program.inputs:
-            shape: list[Any] = [self._size(*axis) for axis in zip(given.axes, samples[given.name].shape, strict=True)]
-            self._add(given.name, self._empty(shape, samples[given.name].dtype))
+            self._add(given.name, self._empty([self._axis(axis) for axis in given.axes], given.dtype))
         for name, delta in program.ledger.deltas.items():
             hints = delta.sample().shape
             shape = [self._size(delta.free[a], s) if a in delta.free else s for a, s in enumerate(hints)]
@@ -190,6 +188,9 @@ class _Writer:
     def _empty(self, shape: list[Any], dtype: torch.dtype) -> Tensor:
         with self._mode:
             return torch.empty(shape, dtype=dtype)
+
+    def _axis(self, axis: str | int) -> Any:
+        return axis if isinstance(axis, int) else sum(self._size(word, SAMPLE[word]) for word in axis.split("+"))
 
     def _size(self, word: str, hint: int) -> torch.SymInt:
         if word not in self._sizes:

@@ -104,7 +104,7 @@ def convert(program: Program, opset: int, weights: str = "float32") -> ir.Model:
     # Without gradients: attention of a mask that requires them is laid out in another way.
     with quiet(), torch.no_grad():
         try:
-            function = exported(program, source, OUTPUTS)
+            function = exported(program, source, (*OUTPUTS, *program.presents))
             converted = torch.onnx.export(
                 function,
                 dynamo=True,
@@ -138,13 +138,14 @@ def set_defaults(model: ir.Model, deltas: Mapping[str, Delta]) -> None:
         model.graph.initializers[delta.name] = value
 
 
-def name_axes(model: ir.Model, axes: Mapping[str, tuple[str, ...]], deltas: Mapping[str, Delta]) -> None:
+def name_axes(model: ir.Model, axes: Mapping[str, tuple[str | int, ...]], deltas: Mapping[str, Delta]) -> None:
     """Rename the exporter's symbols (`s30`) to the ledger's and the inputs' own, everywhere alike."""
     names: dict[str, str] = {}
     for value in model.graph.inputs:
         name = str(value.name)
         assert value.shape is not None
-        wanted = dict(enumerate(axes[name])) if name in axes else dict(deltas[name].free)
+        named = dict(enumerate(axes[name])) if name in axes else dict(deltas[name].free)
+        wanted = {axis: word for axis, word in named.items() if isinstance(word, str)}
         for axis, word in wanted.items():
             symbol = value.shape[axis]
             if isinstance(symbol, ir.SymbolicDim):

@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from surgeon.anatomy import Embedding
-from surgeon.errors import SpecError
+from surgeon.errors import CompositionError, SpecError
 from surgeon.ledger import Init, normal, value
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.virtual import Virtual, module_end, text_table
@@ -92,6 +92,11 @@ class PTuning(Pass):
     def call(self, program: Program) -> PassResult:
         table, gaps = text_table(program), parse(self.template)
         self._check_read_out(program, gaps)
+        if gaps[1] and program.generates:
+            raise CompositionError(
+                "p_tuning.template: what stands behind a text has no place in one that goes on",
+                try_="nothing after {text}",
+            )
         count = sum(isinstance(item, int) for gap in gaps for item in gap)
         words: list[int] = []
         layouts: list[list[int]] = []
@@ -103,7 +108,7 @@ class PTuning(Pass):
                 layouts[-1] += [item] if isinstance(item, int) else range(at, at + len(ids))
                 words += ids
         front, back = (
-            program.delta(table, part, (len(layout), table.width), None, free={0: f"=p_tuning.{part}"})
+            program.delta(table, part, (len(layout), table.width), None, free={0: f"=p_tuning.{part}"}, once=True)
             if layout or part == "front"
             else None
             for part, layout in zip(("front", "back"), layouts, strict=True)

@@ -54,6 +54,8 @@ class Prompt(Pass):
     def call(self, program: Program) -> PassResult:
         table = text_table(program)
         many = self.ensemble > 1
+        if many and program.generates:
+            raise CompositionError("prompt.ensemble: prompts vote on one answer, not on a text", try_="`ensemble: 1`")
         shape = (self.ensemble,) * many + (self.length, table.width)
         prompt = program.delta(
             table,
@@ -62,6 +64,7 @@ class Prompt(Pass):
             self._init(program, table),
             free={0: "=prompt.ensemble", 1: "=prompt.length"} if many else {0: "=prompt.length"},
             default=torch.zeros(1, 0, table.width, dtype=program.dtype) if many else None,
+            once=True,
         )
         if many:
             for node in [n for n in program.graph.nodes if n.op == "placeholder"]:

@@ -67,7 +67,8 @@ def open_model(
     if mixed:
         _compare(session, build, (*manifest.inputs, *PER_ROW), manifest.mixed, [*_banks(manifest)])
     else:
-        _compare(session, build, manifest.inputs, manifest.outputs, manifest.deltas)
+        cache = () if manifest.generation is None else tuple(tensor.past for tensor in manifest.generation.cache)
+        _compare(session, build, (*manifest.inputs, *cache), manifest.outputs, manifest.deltas)
     return session
 
 

@@ -57,7 +57,8 @@ class Delta:
     """One tensor of a task; `free` maps an axis to the symbol of the size that a task file may choose.
 
     No task may make an axis smaller than `least` says. A task may leave an `optional` one to the base; a call may leave
-    out `droppable` ones of lower layers.
+    out `droppable` ones of lower layers. One that acts `once` is for the beginning of a text and not for tokens that go
+    on from a cache.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Delta:
     droppable: bool
     padding: float
     least: Mapping[int, int]
+    once: bool
 
     @cached_property
     def axes(self) -> tuple[str | int, ...]:
@@ -102,6 +104,26 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Cached:
+    """A tensor of the cache: what goes in of earlier tokens, and the output that brings it out, longer."""
+
+    past: Port
+    present: str
+
+    def shape(self, **sizes: int) -> list[int]:
+        """Its shape where the axes have these sizes."""
+        return [axis if isinstance(axis, int) else sizes[axis] for axis in self.past.axes]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How a build writes texts: its cache, and the tokens that end a text."""
+
+    cache: tuple[Cached, ...]
+    ends: frozenset[int]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A build's manifest whose own hash and format version were right."""
 
@@ -118,6 +140,7 @@ class Manifest:
     positions: Mapping[str, str]
     counted: Mapping[str, str]
     mixed: tuple[Port, ...]
+    generation: Generation | None
     tasks: Mapping[str, Task]
     files: Mapping[str, File]
     tools: Mapping[str, str]
@@ -208,6 +231,7 @@ def parse_manifest(doc: object, where: str) -> Manifest:
         positions=MappingProxyType({symbol: str(axis) for symbol, axis in top.get("positions", dict).items()}),
         counted=MappingProxyType({str(name): str(of) for name, of in (top.optional("counted", dict) or {}).items()}),
         mixed=tuple(_port(item) for item in top.items("mixed")) if top.doc.get("mixed") is not None else (),
+        generation=None if top.doc.get("generation") is None else _generation(top.fields("generation")),
         tasks=MappingProxyType({name: _task(name, item) for name, item in top.named("tasks").items()}),
         files=MappingProxyType({top.inside(name): _file(item) for name, item in top.named("files").items()}),
         tools=MappingProxyType({name: str(tool) for name, tool in top.get("tools", dict).items()}),
@@ -297,7 +321,16 @@ def _delta(item: Fields) -> Delta:
         droppable=item.get("droppable", bool),
         padding=item.optional("padding", float) or 0.0,
         least=MappingProxyType({int(axis): size for axis, size in least.items()}),
+        once=item.optional("once", bool) or False,
     )
+
+
+def _generation(item: Fields) -> Generation:
+    ends = item.get("end", list)
+    if not all(isinstance(token, int) for token in ends):
+        raise item.fault("end", "a list of token ids")
+    cache = tuple(Cached(_port(t.fields("past")), t.get("present", str)) for t in item.items("cache"))
+    return Generation(cache, frozenset(ends))
 
 
 def _task(name: str, item: Fields) -> Task:

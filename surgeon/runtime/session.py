@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self, overload
 
+import numpy as np
 from onnxruntime import InferenceSession, RunOptions
 
 from surgeon.errors import BuildError, DataError, SpecError, did_you_mean, shorten
@@ -19,7 +20,9 @@ from surgeon.runtime.answers import Answer, answers
 from surgeon.runtime.bank import Bank
 from surgeon.runtime.engine import WARNING, Fusions, Provider, open_model
 from surgeon.runtime.feeds import SEQUENCE, complete
-from surgeon.runtime.manifest import MIXED, MODEL, NO_TASK, Manifest, check_files, read_manifest
+from surgeon.runtime.generation import Listener, Prompt, Written, check_counts, choice, write
+from surgeon.runtime.generation.asking import check_prompts, make_rows, read_prompts
+from surgeon.runtime.manifest import MIXED, MODEL, NO_TASK, TOKENIZER, Manifest, check_files, read_manifest
 from surgeon.runtime.mixed import MixedGraph, PerRow, read_no_task, rows_of
 from surgeon.runtime.ort import ORT_ERRORS
 from surgeon.runtime.taskfile import Array
@@ -65,7 +68,10 @@ class Session:
         self._session: InferenceSession | None = self._opening(self._build, self._manifest)
         self._private = Path(tempfile.mkdtemp(prefix="surgeon-"))
         self._cleanup = weakref.finalize(self, shutil.rmtree, self._private, ignore_errors=True)
-        self._outputs = [port.name for port in self._manifest.outputs]
+        generation = self._manifest.generation
+        self._cache = () if generation is None else generation.cache
+        inside = {tensor.present for tensor in self._cache}
+        self._outputs = [port.name for port in self._manifest.outputs if port.name not in inside]
         try:
             self._tasks = {
                 task.name: load_task(
@@ -195,9 +201,7 @@ class Session:
         room, taken = self._manifest.base.max_length, self._taken(self._task(task), SEQUENCE)
         if room is not None and taken:
             max_length = min(room - taken, max_length or room)
-        if self._texts is None:
-            self._texts = read_texts(self._build, self._manifest, verify=self._verify)
-        return self._texts.encode(texts, self._manifest.inputs, max_length)
+        return self._tokenizer().encode(texts, self._manifest.inputs, max_length)
 
     def classify(
         self,
@@ -229,6 +233,53 @@ class Session:
         mixed = self._mixed
         return () if mixed is None else mixed.bank.tasks
 
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        task: str | None = None,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+        stream: Listener | None = None,
+        batch: int = 8,
+        drop: int = 0,
+    ) -> list[Written]:
+        """What the model writes after each prompt: a text, or token ids. The build is one with `generate: true`.
+
+        With `temperature` 0 every token is the likeliest; above, it is drawn from the `top_k` likeliest and from the
+        fewest that have `top_p` together. Row i draws by `seed` + i, so that no row depends on its neighbours. A row
+        ends at the model's own end, before a `stop` string, after `max_new_tokens`, or where the base has no positions
+        left. `stream(i, piece)` is called as row i goes on. `batch` rows go on together; one that ends gives its place
+        to the next. `drop` is as in `run`.
+        """
+        active = self._task(task, drop)
+        chosen = choice(temperature, top_k, top_p, repetition_penalty)
+        stops = check_counts(max_new_tokens=max_new_tokens, batch=batch, seed=seed, stop=stop)
+        generation = self._manifest.generation
+        if generation is None:
+            raise SpecError("this build does not write texts", try_="compile it with `export: {generate: true}`")
+        check_prompts(prompts)
+        words = bool(stops) or stream is not None or any(isinstance(prompt, str) for prompt in prompts)
+        tokenizer = self._tokenizer().plain() if words or TOKENIZER in self._manifest.files else None
+        room, taken = self._manifest.base.max_length, self._taken(active, SEQUENCE)
+        rows = make_rows(
+            read_prompts(prompts, tokenizer, room=room, taken=taken),
+            tokenizer,
+            limit=max_new_tokens,
+            room=None if room is None else room - taken,
+            seed=seed,
+            stop=stops,
+            stream=stream,
+        )
+        deltas = {} if active is None else active.values()
+        write(rows, self._open(), self._manifest, generation, deltas, choice=chosen, batch=batch)
+        return [row.written for row in rows]
+
     def close(self) -> None:
         """Let go of the model and the tasks. Runs under way end undisturbed; later ones raise BuildError."""
         with self._lock:
@@ -245,6 +296,8 @@ class Session:
         session = self._open()
         limit = self._manifest.base.max_length
         feed = complete(self._manifest.inputs, inputs, limit, lambda axis: self._taken(active, axis))
+        rows = next(iter(feed.values())).shape[0]
+        feed |= {t.past.name: np.zeros(t.shape(batch=rows, past=0), t.past.dtype) for t in self._cache}
         options = RunOptions()
         options.log_severity_level = WARNING
         if active is not None:
@@ -296,6 +349,11 @@ class Session:
                     self._open()
                     self._mixed = MixedGraph(session, self._manifest, base, bank)
             return self._mixed
+
+    def _tokenizer(self) -> Texts:
+        if self._texts is None:
+            self._texts = read_texts(self._build, self._manifest, verify=self._verify)
+        return self._texts
 
     def _taken(self, active: RunnableTask | None, axis: str) -> int:
         return 0 if active is None else self._manifest.taken(active.info.sizes, axis)

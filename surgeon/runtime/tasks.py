@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from onnxruntime import LoraAdapter, RunOptions
+from onnxruntime import LoraAdapter, OrtValue, RunOptions
 
 from surgeon.errors import BuildError, SpecError
 from surgeon.runtime.fit import check_base, check_task, columns
@@ -42,6 +42,7 @@ class RunnableTask:
     adapter: LoraAdapter
     path: Path
     _reduced: dict[int, RunnableTask] = field(default_factory=dict)
+    _values: dict[str, OrtValue] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def without(self, manifest: Manifest, layers: int) -> RunnableTask:
@@ -71,6 +72,14 @@ class RunnableTask:
         path = self.path.with_name(f"{self.path.name.removesuffix(SUFFIX)}.drop-{layers}{SUFFIX}")
         write_adapter(path, left, manifest.base.fingerprint)
         return _runnable(self.info, path)
+
+    def values(self) -> Mapping[str, OrtValue]:
+        """The task's tensors, to be bound by name where ONNX Runtime ignores adapters; read at the first call."""
+        with self._lock:
+            if not self._values:
+                file = parse_adapter(self.path, self.path.read_bytes(), str(self.path))
+                self._values.update({name: OrtValue.ortvalue_from_numpy(t) for name, t in file.tensors.items()})
+            return self._values
 
     def activate(self, options: RunOptions) -> None:
         """Make a run use this task. ONNX Runtime keeps a bare pointer: hold the task until the run is over."""

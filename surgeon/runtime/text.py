@@ -25,6 +25,7 @@ class Texts:
     def __init__(self, source: str, max_length: int | None, where: str) -> None:
         self._source, self._max_length, self._where = source, max_length, where
         self._made: Mapping[int | None, Tokenizer] = {}
+        self._plain: Tokenizer | None = None
         self._lock = threading.Lock()
 
     def encode(self, texts: Sequence[Text], ports: Sequence[Port], max_length: int | None = None) -> dict[str, Array]:
@@ -47,6 +48,14 @@ class Texts:
             for name, field in made.items()
             if name in names
         }
+
+    def plain(self) -> Tokenizer:
+        """The tokenizer that neither pads nor cuts."""
+        with self._lock:
+            if self._plain is None:
+                self._plain = self._make(None)
+                self._plain.no_padding()
+            return self._plain
 
     def _limited(self, max_length: int | None) -> Tokenizer:
         """The tokenizer that keeps so many tokens. One is made per length, for truncation is part of its state."""

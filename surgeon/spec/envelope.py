@@ -159,6 +159,12 @@ class ExportSpec(Part):
         "than the one that is trained on, and its answers are approximate.",
     )
 
+    generate: StrictBool = Field(
+        default=False,
+        description="Write texts: the ONNX model takes and gives the cache of earlier tokens' keys and values, and "
+        "answers for the last token alone.",
+    )
+
     @field_validator("modes")
     @classmethod
     def _once(cls, modes: tuple[str, ...]) -> tuple[str, ...]:

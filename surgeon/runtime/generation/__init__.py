@@ -1,0 +1,10 @@
+"""Writing texts with a decoder's build: greedily or by chance, many rows at a time, from a cache that stays with ONNX
+Runtime.
+"""
+
+from surgeon.runtime.generation.asking import Prompt
+from surgeon.runtime.generation.options import Choice, check_counts, choice
+from surgeon.runtime.generation.rows import Listener, Written
+from surgeon.runtime.generation.writing import Decoder, write
+
+__all__ = ["Choice", "Decoder", "Listener", "Prompt", "Written", "check_counts", "choice", "write"]

@@ -1,0 +1,73 @@
+"""What a caller asks to be written, checked: prompts become rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from surgeon.errors import DataError
+from surgeon.runtime.generation.rows import Listener, Row, Voice
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+def read_prompts(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer | None, *, room: int | None, taken: int
+) -> list[list[int]]:
+    """Every prompt's token ids. Raises DataError where one is empty, or longer than the positions there are.
+
+    The base has `room` positions, of which the task's own tokens take some.
+    """
+    found = []
+    for number, prompt in enumerate(prompts):
+        ids = tokenizer.encode(prompt).ids if tokenizer and isinstance(prompt, str) else _ids(prompt, number)
+        if not ids:
+            raise DataError(f"prompt {number} has no tokens", try_="a prompt has at least one word")
+        if room is not None and len(ids) + taken > room:
+            raise DataError(
+                f"prompt {number} has {len(ids)} tokens, the base takes {room - taken} at most",
+                there_is=f"tokens of the task's own: {taken}" if taken else None,
+                try_="a shorter prompt: none is cut here",
+            )
+        found.append(list(ids))
+    return found
+
+
+def make_rows(
+    prompts: Sequence[list[int]],
+    tokenizer: Tokenizer | None,
+    *,
+    limit: int,
+    room: int | None,
+    seed: int,
+    stop: Sequence[str],
+    stream: Listener | None,
+) -> list[Row]:
+    """A row for each prompt. `room` is how many positions there are for its text; the last token needs none."""
+    rows = []
+    for number, ids in enumerate(prompts):
+        most = limit if room is None else min(limit, room - len(ids) + 1)
+        say = None if stream is None else partial(stream, number)
+        voice = None if tokenizer is None else Voice(tokenizer, stop, say)
+        rows.append(Row(number, ids, most, np.random.default_rng(seed + number), voice))
+    return rows
+
+
+def check_prompts(prompts: Sequence[Prompt]) -> None:
+    """Raise DataError for what is no list of prompts."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise DataError("prompts are a list", try_="one prompt is a list of one")
+
+
+def _ids(prompt: Prompt, number: int) -> list[int]:
+    """Token ids as they were given."""
+    ids = np.asarray(prompt) if isinstance(prompt, list | tuple | np.ndarray) else np.asarray("")
+    if ids.ndim != 1 or (ids.size and (ids.dtype.kind not in "iu" or ids.min() < 0)):
+        raise DataError(f"prompt {number} is neither a text nor a list of token ids", there_is=f"{prompt!r}"[:80])
+    return [int(i) for i in ids]

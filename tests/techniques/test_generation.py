@@ -1,0 +1,295 @@
+"""Writing texts from a cache on ONNX Runtime: the tokens of transformers' generate, whatever the batch and the task."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+
+import surgeon
+from surgeon.audit import audit
+from surgeon.compiler import Compiled
+from surgeon.errors import BuildError, CompositionError, DataError, SpecError
+
+if TYPE_CHECKING:
+    from techniques.conftest import Lab
+    from transformers import PreTrainedModel
+
+LONG = 64
+LENGTHS = (5, 1, 9, 14)
+SURGERY: dict[str, list[dict[str, Any]]] = {
+    "llama": [{"lora": {"rank": 4}}, {"adapter": {"bottleneck": 4}}, {"prefix": {"length": 5}}],
+    "gpt2": [{"bitfit": {}}, {"prompt": {"length": 3}}],
+}
+WIDE: dict[str, list[dict[str, Any]]] = {
+    "llama": [{"ia3": {}}, {"vera": {}}, {"p_tuning": {"template": "[P]*3 {text}"}}, {"prefix": {"length": 2}}],
+    "gpt2": [{"lora": {"rank": 4}}, {"compacter": {"divisions": 2, "bottleneck": 4}}, {"prefix": {"shift": False}}],
+    "qwen3": [{"lora": {"rank": 2, "dora": True}}, {"norm_tuning": {}}, {"prompt": {"place": "after"}}],
+    "gemma2": [{"adapter": {"bottleneck": 4}}, {"prefix": {"length": 3}}, {"prompt": {"length": 3}}],
+    "opt": [{"lora": {"rank": 4}}, {"prefix": {"length": 3}}],
+    "gpt_neox": [{"lora": {"rank": 4}}, {"adapter": {"bottleneck": 4}}],
+}
+
+
+def base(lab: Lab, kind: str) -> PreTrainedModel:
+    """A base with room for long texts that never ends one."""
+    room = {"n_positions": 128} if kind == "gpt2" else {"max_position_embeddings": 128}
+    return lab.base(kind, "causal-lm", eos_token_id=None, **room)
+
+
+def compiled(lab: Lab, model: PreTrainedModel, surgery: Sequence[dict[str, Any]]) -> Compiled:
+    """Two tasks that are not the base."""
+    spec = {"surgery": surgery, "tasks": {"a": {}, "b": {}}, "export": {"generate": True}}
+    made = surgeon.compile(spec, base=model)
+    for seed, task in enumerate(made.tasks):
+        lab.move(made.model(task), seed=seed).eval()
+    return made
+
+
+def prompts(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(9)
+    return [torch.randint(3, 100, (length,), generator=draw).tolist() for length in lengths]
+
+
+def uncached(model: nn.Module, prompt: Sequence[int], count: int) -> list[int]:
+    """The likeliest token again and again, from the whole text each time."""
+    ids = torch.tensor([list(prompt)])
+    for _ in range(count):
+        with torch.no_grad():
+            logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    return ids[0, len(prompt) :].tolist()
+
+
+def by_transformers(model: PreTrainedModel, prompt: Sequence[int], count: int) -> list[int]:
+    ids = torch.tensor([list(prompt)])
+    generate: Callable[..., Tensor] = model.generate
+    found = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return found[0, len(prompt) :].tolist()
+
+
+def check_tokens(lab: Lab, kind: str, surgery: list[dict[str, Any]], build: Path) -> None:
+    """All rows together and in fewer places, tasks swapped back and forth, against PyTorch without a cache."""
+    made = compiled(lab, base(lab, kind), surgery)
+    given = prompts()
+    with surgeon.Session(made.save(build), threads=1) as session:
+        for task, batch in (("a", 3), (None, 4), ("b", 1), ("a", 2)):
+            wanted = [
+                by_transformers(made.base.model, prompt, LONG)
+                if task is None
+                else uncached(made.model(task), prompt, LONG)
+                for prompt in given
+            ]
+            found = session.generate(given, task, max_new_tokens=LONG, batch=batch)
+            assert [list(row.tokens) for row in found] == wanted
+            assert {row.reason for row in found} == {"length"}
+
+
+@pytest.mark.parametrize("kind", SURGERY)
+def test_every_token_is_pytorchs(lab: Lab, tmp_path: Path, kind: str) -> None:
+    check_tokens(lab, kind, SURGERY[kind], tmp_path / "build")
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("kind", WIDE)
+def test_every_token_is_pytorchs_elsewhere(lab: Lab, tmp_path: Path, kind: str) -> None:
+    check_tokens(lab, kind, WIDE[kind], tmp_path / "build")
+
+
+WORDS = [f"w{i}" for i in range(100)]
+
+
+@pytest.fixture(scope="module")
+def talker(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Compiled, Path]:
+    """A LoRA on a base of a folder with a tokenizer of a hundred words."""
+    folder = tmp_path_factory.mktemp("talker")
+    model = copy.deepcopy(base(lab, "llama"))
+    model.save_pretrained(folder / "base")
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "base" / "tokenizer.json"))
+    spec = {
+        "base": {"model": str(folder / "base"), "head": "causal-lm"},
+        "surgery": [{"lora": {"rank": 4}}],
+        "tasks": {"a": {}},
+        "export": {"generate": True},
+    }
+    made = surgeon.compile(spec)
+    lab.move(made.model("a")).eval()
+    return made, made.save(folder / "build")
+
+
+@pytest.fixture(scope="module")
+def session(talker: tuple[Compiled, Path]) -> surgeon.Session:
+    return surgeon.Session(talker[1], threads=1)
+
+
+def test_lora_writes_what_generate_does_with_the_product_merged(
+    talker: tuple[Compiled, Path], session: surgeon.Session
+) -> None:
+    made, _ = talker
+    merged = copy.deepcopy(made.base.model)
+    tensors = made.model("a").deployed()
+    with torch.no_grad():
+        for name in [n for n in tensors if n.endswith("lora_A")]:
+            product = tensors[name] @ tensors[name.replace("lora_A", "lora_B")]
+            weight = merged.get_parameter(name.replace("lora_A", "weight"))
+            weight.add_(product.T)
+    wanted = [by_transformers(merged, prompt, LONG) for prompt in prompts()]
+    assert [list(r.tokens) for r in session.generate(prompts(), "a", max_new_tokens=LONG)] == wanted
+
+
+def test_a_part_after_a_cache_gives_the_logits_of_the_whole(talker: tuple[Compiled, Path]) -> None:
+    made, _ = talker
+    assert made.served is not None
+    ids = torch.tensor(prompts([11]))
+    graph = made.served.graph_module
+    with torch.no_grad():
+        whole = made.base.model(input_ids=ids).logits
+        past = {i.name: i.absent(ids) for i in made.served.inputs if i.cached}
+        at = 0
+        for size in (1, 6, 1, 3):  # deltas of the graph are examples: the base has its own defaults
+            part, at = ids[:, at : at + size], at + size
+            fed = {"input_ids": part, "attention_mask": torch.ones(1, at, dtype=torch.long), **past}
+            found = torch.func.functional_call(graph, made.served.ledger.defaults(), (), fed)
+            assert torch.allclose(found["logits"], whole[:, at - 1 : at], atol=1e-5)
+            past = {n.replace("present", "past"): t for n, t in found.items() if n.startswith("present")}
+
+
+def test_a_plain_run_gives_the_next_token(talker: tuple[Compiled, Path], session: surgeon.Session) -> None:
+    ids = np.array(prompts([6]))
+    logits = session.run({"input_ids": ids}, "a")["logits"]
+    assert logits.shape == (1, 1, 100)
+    assert session.generate([ids[0]], "a", max_new_tokens=1)[0].tokens == (int(logits.argmax()),)
+
+
+def test_a_build_that_writes_is_verified(talker: tuple[Compiled, Path]) -> None:
+    assert max(t.difference or 0 for t in audit(talker[1]).tasks) < 1e-4
+
+
+def test_sampling_follows_the_seed_and_not_the_neighbours(session: surgeon.Session) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.5, "top_k": 40, "top_p": 0.9}
+    given = prompts()
+    together = session.generate(given, "a", seed=7, **options)
+    assert together == session.generate(given, "a", seed=7, batch=2, **options)
+    alone = [session.generate([p], "a", seed=7 + i, **options)[0] for i, p in enumerate(given)]
+    assert together == alone
+    assert together != session.generate(given, "a", seed=8, **options)
+
+
+def test_a_text_ends_at_its_end_token(lab: Lab, talker: tuple[Compiled, Path], tmp_path: Path) -> None:
+    made, _ = talker
+    tokens = uncached(made.model("a"), prompts()[0], 8)
+    end = tokens[-1]
+    made.base.model.generation_config.eos_token_id = [end]
+    try:
+        with surgeon.Session(made.save(tmp_path / "build")) as session:
+            row = session.generate(prompts()[:1], "a")[0]
+    finally:
+        made.base.model.generation_config.eos_token_id = None
+    assert row.reason == "end"
+    assert list(row.tokens) == tokens[: tokens.index(end) + 1]
+    assert WORDS[end] not in row.text.split()
+
+
+def test_texts_come_in_pieces_and_stop(session: surgeon.Session) -> None:
+    said: dict[int, str] = {0: "", 1: ""}
+
+    def listen(row: int, piece: str) -> None:
+        said[row] += piece
+
+    given = ["w3 w4 w5", "w9"]
+    whole = session.generate(given, "a", max_new_tokens=20, stream=listen)
+    assert [row.text for row in whole] == [said[0], said[1]]
+    assert whole[0].text.split() == [WORDS[i] for i in whole[0].tokens]
+    word = whole[0].text.split()[5]
+    said = {0: "", 1: ""}
+    cut = session.generate(given[:1], "a", max_new_tokens=20, stop=[f"{word} ", word, "never"], stream=listen)[0]
+    assert cut.reason == "stop"
+    assert cut.text == whole[0].text[: whole[0].text.index(word)] == said[0]
+    assert session.generate(given[:1], "a", max_new_tokens=20, stop="never")[0].text == whole[0].text
+
+
+def test_an_interrupted_stream_leaves_the_session_usable(session: surgeon.Session) -> None:
+    def interrupt(row: int, piece: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        session.generate(["w3 w4"], "a", stream=interrupt)
+    assert session.generate(["w3 w4"], "a", max_new_tokens=3)[0].reason == "length"
+
+
+def test_a_text_ends_where_the_base_has_no_positions_left(session: surgeon.Session) -> None:
+    row = session.generate(prompts([120]), "a", max_new_tokens=50)[0]
+    assert (len(row.tokens), row.reason) == (9, "length")  # 120 read and 8 of the 9 written: 128 positions
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"prompts": ["w1", ""]}, "prompt 1 has no tokens"),
+        ({"prompts": [[5], []]}, "prompt 1 has no tokens"),
+        ({"prompts": "w1"}, "prompts are a list"),
+        ({"prompts": [[3, -1]]}, "prompt 0 is neither"),
+        ({"prompts": [[1.5]]}, "prompt 0 is neither"),
+        ({"prompts": [[3] * 129]}, "prompt 0 has 129 tokens, the base takes 128"),
+        ({"prompts": [[3, 1000]]}, "the model cannot run"),
+        ({"task": "aa"}, "there is no task 'aa'"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": 1, "top_k": 0}, "top_k"),
+        ({"temperature": 1, "top_p": 1.5}, "top_p"),
+        ({"top_p": 0.5}, "need a temperature"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"seed": -1}, "seed"),
+        ({"batch": 0}, "batch"),
+        ({"stop": [""]}, "stop"),
+    ],
+)
+def test_what_does_not_fit_is_said(session: surgeon.Session, options: dict[str, Any], says: str) -> None:
+    with pytest.raises((DataError, SpecError), match=says):
+        session.generate(**{"prompts": ["w1"], "task": "a", **options})
+    assert session.generate(["w1"], "a", max_new_tokens=1)
+
+
+def test_only_a_build_that_writes_writes(lab: Lab, tmp_path: Path) -> None:
+    made = lab.operate(base(lab, "gpt2"), {"lora": {"rank": 2}})
+    with (
+        surgeon.Session(made.save(tmp_path / "build")) as session,
+        pytest.raises(SpecError, match="does not write texts"),
+    ):
+        session.generate([[3]])
+
+
+def test_words_need_a_tokenizer(talker: tuple[Compiled, Path], tmp_path: Path) -> None:
+    made, _ = talker
+    object.__setattr__(made.base, "tokenizer_path", None)
+    with surgeon.Session(made.save(tmp_path / "build")) as session:
+        assert session.generate([[3]], "a", max_new_tokens=2)[0].text == ""
+        for options in ({"prompts": ["w3"]}, {"prompts": [[3]], "stop": "w5"}):
+            with pytest.raises(BuildError, match=r"no tokenizer\.json"):
+                session.generate(**options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "surgery", "says"),
+    [
+        ("bert", [{"lora": {}}], "does not write texts"),
+        ("gpt2", [{"prompt": {"ensemble": 2}}], "vote on one answer"),
+        ("gpt2", [{"p_tuning": {"template": "[P] {text} [P]"}}], "has no place in one that goes on"),
+    ],
+)
+def test_what_cannot_write_is_said_at_the_compile(
+    lab: Lab, kind: str, surgery: list[dict[str, Any]], says: str
+) -> None:
+    model = lab.base(kind) if kind == "bert" else base(lab, kind)
+    with pytest.raises((SpecError, CompositionError), match=says):
+        surgeon.compile({"surgery": surgery, "tasks": {"a": {}}, "export": {"generate": True}}, base=model)
