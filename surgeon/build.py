@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from surgeon.base import Base
 from surgeon.base.loading import quiet
+from surgeon.base.talking import chat_template
 from surgeon.errors import BuildError
 from surgeon.exporters.cache import export_cached
 from surgeon.exporters.versions import tool_version, tool_versions
@@ -24,7 +25,7 @@ from surgeon.graph_text import graph_text
 from surgeon.model import TaskModel
 from surgeon.plan import base_bytes
 from surgeon.program import Program
-from surgeon.runtime.manifest import FORMAT, MANIFEST, NO_TASK, TOKENIZER, hash_file, read_manifest, seal
+from surgeon.runtime.manifest import FORMAT, MANIFEST, NO_TASK, TEMPLATE, TOKENIZER, hash_file, read_manifest, seal
 from surgeon.runtime.taskfile import write_adapter
 from surgeon.spec import Spec
 
@@ -87,7 +88,7 @@ class Contents:
         said: Any = getattr(self.base.model, "generation_config", self.base.model.config)
         end = said.eos_token_id
         ends = [] if end is None else [end] if isinstance(end, int) else list(end)
-        return {"cache": cache, "end": ends} if cache else None
+        return {"cache": cache, "end": ends, "tokens": chat_template(self.base)[1]} if cache else None
 
 
 def write_build(contents: Contents, out: Path, report: Callable[[str], None]) -> Path:
@@ -107,6 +108,8 @@ def write_build(contents: Contents, out: Path, report: Callable[[str], None]) ->
         (folder / "graph.txt").write_text(graph_text(contents.program), encoding="utf-8")
         if base.tokenizer_path is not None:
             shutil.copyfile(base.tokenizer_path, folder / TOKENIZER)
+        if contents.generation is not None and (template := chat_template(base)[0]) is not None:
+            (folder / TEMPLATE).write_text(template, encoding="utf-8")
         if spec.base is None:
             report("writing the base in hand")
             with quiet():

@@ -25,6 +25,7 @@ MIXED = "mixed.onnx"
 NO_TASK = "base.onnx_adapter"
 """What the deltas of a row without a task are."""
 TOKENIZER = "tokenizer.json"
+TEMPLATE = "chat_template.jinja"
 FULL = "float32"
 """Weights of a graph that computes what PyTorch does."""
 CHANGED = "has other content (its hash differs)"
@@ -121,6 +122,8 @@ class Generation:
 
     cache: tuple[Cached, ...]
     ends: frozenset[int]
+    tokens: Mapping[str, str]
+    """Special tokens that a chat template may name, as `bos_token`."""
 
 
 @dataclass(frozen=True)
@@ -330,7 +333,8 @@ def _generation(item: Fields) -> Generation:
     if not all(isinstance(token, int) for token in ends):
         raise item.fault("end", "a list of token ids")
     cache = tuple(Cached(_port(t.fields("past")), t.get("present", str)) for t in item.items("cache"))
-    return Generation(cache, frozenset(ends))
+    tokens = item.get("tokens", dict)
+    return Generation(cache, frozenset(ends), MappingProxyType({name: str(token) for name, token in tokens.items()}))
 
 
 def _task(name: str, item: Fields) -> Task:

@@ -21,8 +21,19 @@ from surgeon.runtime.bank import Bank
 from surgeon.runtime.engine import WARNING, Fusions, Provider, open_model
 from surgeon.runtime.feeds import SEQUENCE, complete
 from surgeon.runtime.generation import Listener, Prompt, Written, check_counts, choice, write
-from surgeon.runtime.generation.asking import check_prompts, make_rows, read_prompts
-from surgeon.runtime.manifest import MIXED, MODEL, NO_TASK, TOKENIZER, Manifest, check_files, read_manifest
+from surgeon.runtime.generation.asking import check_prompts, is_chat, make_rows, read_prompts
+from surgeon.runtime.generation.chat import Chat
+from surgeon.runtime.manifest import (
+    MIXED,
+    MODEL,
+    NO_TASK,
+    TEMPLATE,
+    TOKENIZER,
+    Manifest,
+    check_files,
+    read_file,
+    read_manifest,
+)
 from surgeon.runtime.mixed import MixedGraph, PerRow, read_no_task, rows_of
 from surgeon.runtime.ort import ORT_ERRORS
 from surgeon.runtime.taskfile import Array
@@ -249,7 +260,10 @@ class Session:
         batch: int = 8,
         drop: int = 0,
     ) -> list[Written]:
-        """What the model writes after each prompt: a text, or token ids. The build is one with `generate: true`.
+        """What the model writes after each prompt, by a build with `generate: true`.
+
+        A prompt is a text, token ids, or a conversation: messages with a `role` and a `content`, to which the base's
+        own template gives its form.
 
         With `temperature` 0 every token is the likeliest; above, it is drawn from the `top_k` likeliest and from the
         fewest that have `top_p` together. Row i draws by `seed` + i, so that no row depends on its neighbours. A row
@@ -264,11 +278,12 @@ class Session:
         if generation is None:
             raise SpecError("this build does not write texts", try_="compile it with `export: {generate: true}`")
         check_prompts(prompts)
-        words = bool(stops) or stream is not None or any(isinstance(prompt, str) for prompt in prompts)
+        chats = any(map(is_chat, prompts))
+        words = bool(stops) or stream is not None or chats or any(isinstance(prompt, str) for prompt in prompts)
         tokenizer = self._tokenizer().plain() if words or TOKENIZER in self._manifest.files else None
         room, taken = self._manifest.base.max_length, self._taken(active, SEQUENCE)
         rows = make_rows(
-            read_prompts(prompts, tokenizer, room=room, taken=taken),
+            read_prompts(prompts, tokenizer, self._chat() if chats else None, room=room, taken=taken),
             tokenizer,
             limit=max_new_tokens,
             room=None if room is None else room - taken,
@@ -354,6 +369,18 @@ class Session:
         if self._texts is None:
             self._texts = read_texts(self._build, self._manifest, verify=self._verify)
         return self._texts
+
+    def _chat(self) -> Chat:
+        """The base's chat template. Raises BuildError where it has none."""
+        generation = self._manifest.generation
+        if TEMPLATE not in self._manifest.files or generation is None:
+            raise BuildError(
+                "this base has no chat template, so it takes no conversations",
+                where=str(self._build),
+                try_="prompts that are texts",
+            )
+        data = read_file(self._build, TEMPLATE, self._manifest.files[TEMPLATE], verify=self._verify)
+        return Chat(data.decode(), generation.tokens, str(self._build / TEMPLATE))
 
     def _taken(self, active: RunnableTask | None, axis: str) -> int:
         return 0 if active is None else self._manifest.taken(active.info.sizes, axis)

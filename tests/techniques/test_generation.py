@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 import surgeon
 from surgeon.audit import audit
+from surgeon.cli import main
 from surgeon.compiler import Compiled
 from surgeon.errors import BuildError, CompositionError, DataError, SpecError
+from surgeon.runtime.generation.chat import Chat
 
 if TYPE_CHECKING:
     from techniques.conftest import Lab
@@ -103,6 +107,9 @@ def test_every_token_is_pytorchs_elsewhere(lab: Lab, tmp_path: Path, kind: str) 
     check_tokens(lab, kind, WIDE[kind], tmp_path / "build")
 
 
+CHAT = """{{ bos_token }}{% for message in messages %}
+{% if message.role not in ['user', 'assistant'] %}{{ raise_exception('who is ' + message.role + '?') }}{% endif %}
+ w5 {{ message.content }} {{ eos_token }}{% endfor %}{% if add_generation_prompt %} w6{% endif %}"""
 WORDS = [f"w{i}" for i in range(100)]
 
 
@@ -114,7 +121,8 @@ def talker(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Compiled
     model.save_pretrained(folder / "base")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "base" / "tokenizer.json"))
+    chatty = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w2", eos_token="w3", chat_template=CHAT)
+    chatty.save_pretrained(folder / "base")
     spec = {
         "base": {"model": str(folder / "base"), "head": "causal-lm"},
         "surgery": [{"lora": {"rank": 4}}],
@@ -237,8 +245,8 @@ def test_a_text_ends_where_the_base_has_no_positions_left(session: surgeon.Sessi
         ({"prompts": ["w1", ""]}, "prompt 1 has no tokens"),
         ({"prompts": [[5], []]}, "prompt 1 has no tokens"),
         ({"prompts": "w1"}, "prompts are a list"),
-        ({"prompts": [[3, -1]]}, "prompt 0 is neither"),
-        ({"prompts": [[1.5]]}, "prompt 0 is neither"),
+        ({"prompts": [[3, -1]]}, "prompt 0 is no text"),
+        ({"prompts": [[1.5]]}, "prompt 0 is no text"),
         ({"prompts": [[3] * 129]}, "prompt 0 has 129 tokens, the base takes 128"),
         ({"prompts": [[3, 1000]]}, "the model cannot run"),
         ({"task": "aa"}, "there is no task 'aa'"),
@@ -258,6 +266,43 @@ def test_what_does_not_fit_is_said(session: surgeon.Session, options: dict[str, 
     with pytest.raises((DataError, SpecError), match=says):
         session.generate(**{"prompts": ["w1"], "task": "a", **options})
     assert session.generate(["w1"], "a", max_new_tokens=1)
+
+
+def test_a_conversation_is_read_as_transformers_writes_it(
+    talker: tuple[Compiled, Path], session: surgeon.Session
+) -> None:
+    _, build = talker
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(build.parent / "base")
+    messages = [{"role": "user", "content": "w9 w8"}, {"role": "assistant", "content": "w7"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert len(ids) == 9
+    assert session.generate([messages], "a", max_new_tokens=9) == session.generate([ids], "a", max_new_tokens=9)
+    with pytest.raises(DataError, match="who is nobody"):
+        session.generate([[{"role": "nobody", "content": "w9"}]])
+    with pytest.raises(DataError, match="no conversation"):
+        session.generate([[{"content": "w9"}]])
+
+
+def test_a_template_reaches_nothing() -> None:
+    with pytest.raises(DataError, match="unsafe"):
+        Chat("{{ ''.__class__.__mro__ }}", {}, "here").render([{"role": "user"}])
+    with pytest.raises(DataError, match="unsafe"):
+        Chat("{{ messages.append(1) }}", {}, "here").render([{"role": "user"}])
+    with pytest.raises(BuildError, match="cannot be read"):
+        Chat("{% if %}", {}, "here")
+
+
+def test_the_command_writes_and_streams(talker: tuple[Compiled, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    _, build = talker
+    common = ["run", str(build), "-t", "a", "w3 w4", "w9", "--tokens", "12", "--temperature", "0.7", "--seed", "3"]
+    assert main([*common, "--json"]) == 0
+    whole = [row["text"] for row in json.loads(capsys.readouterr().out)]
+    for way in ([], ["--stream"]):
+        assert main([*common, *way]) == 0
+        assert capsys.readouterr().out.splitlines() == whole
+    assert main([*common, "--stream", "--chat"]) == 0
+    assert capsys.readouterr().out.splitlines() != whole
+    assert main([*common, "--stream", "--json"]) == 2
 
 
 def test_only_a_build_that_writes_writes(lab: Lab, tmp_path: Path) -> None:

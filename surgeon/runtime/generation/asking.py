@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from surgeon.errors import DataError
+from surgeon.runtime.generation.chat import Chat, Message
 from surgeon.runtime.generation.rows import Listener, Row, Voice
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Sequence[Message]
+"""A text, token ids, or a conversation."""
 
 
 def read_prompts(
-    prompts: Sequence[Prompt], tokenizer: Tokenizer | None, *, room: int | None, taken: int
+    prompts: Sequence[Prompt], tokenizer: Tokenizer | None, chat: Chat | None, *, room: int | None, taken: int
 ) -> list[list[int]]:
-    """Every prompt's token ids. Raises DataError where one is empty, or longer than the positions there are.
+    """Every prompt's token ids; a conversation in its form. Raises DataError where one is empty or too long.
 
     The base has `room` positions, of which the task's own tokens take some.
     """
     found = []
     for number, prompt in enumerate(prompts):
-        ids = tokenizer.encode(prompt).ids if tokenizer and isinstance(prompt, str) else _ids(prompt, number)
+        ids = _read(prompt, number, tokenizer, chat)
         if not ids:
             raise DataError(f"prompt {number} has no tokens", try_="a prompt has at least one word")
         if room is not None and len(ids) + taken > room:
@@ -65,9 +67,19 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
         raise DataError("prompts are a list", try_="one prompt is a list of one")
 
 
-def _ids(prompt: Prompt, number: int) -> list[int]:
-    """Token ids as they were given."""
+def is_chat(prompt: Prompt) -> bool:
+    """Whether a prompt is a conversation."""
+    return isinstance(prompt, list | tuple) and any(isinstance(message, Mapping) for message in prompt)
+
+
+def _read(prompt: Prompt, number: int, tokenizer: Tokenizer | None, chat: Chat | None) -> list[int]:
+    """Token ids of a prompt of any kind."""
+    if tokenizer is not None and isinstance(prompt, str):
+        return list(tokenizer.encode(prompt).ids)
+    if tokenizer is not None and chat is not None and is_chat(prompt):
+        text = chat.render(cast(Sequence[Message], prompt), number)
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)  # the template writes them
     ids = np.asarray(prompt) if isinstance(prompt, list | tuple | np.ndarray) else np.asarray("")
     if ids.ndim != 1 or (ids.size and (ids.dtype.kind not in "iu" or ids.min() < 0)):
-        raise DataError(f"prompt {number} is neither a text nor a list of token ids", there_is=f"{prompt!r}"[:80])
+        raise DataError(f"prompt {number} is no text, conversation or list of token ids", there_is=repr(prompt)[:80])
     return [int(i) for i in ids]
