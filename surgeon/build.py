@@ -20,6 +20,7 @@ from surgeon.base.loading import quiet
 from surgeon.base.talking import chat_template
 from surgeon.errors import BuildError
 from surgeon.exporters.cache import export_cached
+from surgeon.exporters.genai import GENAI, genai_config, not_carried
 from surgeon.exporters.versions import tool_version, tool_versions
 from surgeon.graph_text import graph_text
 from surgeon.model import TaskModel
@@ -28,7 +29,9 @@ from surgeon.program import Program
 from surgeon.runtime.manifest import FORMAT, MANIFEST, NO_TASK, TEMPLATE, TOKENIZER, hash_file, read_manifest, seal
 from surgeon.runtime.taskfile import write_adapter
 from surgeon.spec import Spec
+from surgeon.trace import vocabulary
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 BASE = "base"
 """Folder of a build made from a model in hand, which no path could find again."""
 
@@ -108,8 +111,8 @@ def write_build(contents: Contents, out: Path, report: Callable[[str], None]) ->
         (folder / "graph.txt").write_text(graph_text(contents.program), encoding="utf-8")
         if base.tokenizer_path is not None:
             shutil.copyfile(base.tokenizer_path, folder / TOKENIZER)
-        if contents.generation is not None and (template := chat_template(base)[0]) is not None:
-            (folder / TEMPLATE).write_text(template, encoding="utf-8")
+        if contents.generation is not None:
+            _write_generation(contents, contents.generation, folder, report)
         if spec.base is None:
             report("writing the base in hand")
             with quiet():
@@ -124,6 +127,23 @@ def write_build(contents: Contents, out: Path, report: Callable[[str], None]) ->
             document["tasks"][task] = _write_task(folder, task, model, contents.program.fingerprint)
         _write_manifest(folder, document)
     return out
+
+
+def _write_generation(
+    contents: Contents, generation: Mapping[str, Any], folder: Path, report: Callable[[str], None]
+) -> None:
+    """What only a build that writes texts has: a chat template, and what onnxruntime-genai reads."""
+    base, program = contents.base, contents.program
+    template = chat_template(base)[0]
+    if template is not None:
+        (folder / TEMPLATE).write_text(template, encoding="utf-8")
+    if (technique := not_carried(program)) is not None:
+        report(f"no {GENAI}: onnxruntime-genai does not carry '{technique}'")
+        return
+    config = genai_config(program, generation["end"], vocabulary(base.model))
+    (folder / GENAI).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    if base.tokenizer_path is not None and (said := base.tokenizer_path.with_name(TOKENIZER_CONFIG)).exists():
+        shutil.copyfile(said, folder / TOKENIZER_CONFIG)
 
 
 def pack_task(build: Path, task: str, model: TaskModel, fingerprint: str) -> None:
