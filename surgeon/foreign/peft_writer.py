@@ -29,7 +29,7 @@ REASONS = {
     "adapter": "PEFT has no bottleneck adapters",
     "compacter": "PEFT has no bottleneck adapters",
     "fusion": "PEFT has no bottleneck adapters",
-    "bitfit": "PEFT has biases beside a LoRA of its own alone; train `lora: {bias: true}` for those of the products",
+    "bitfit": "PEFT has the base's biases beside a LoRA alone",
     "full": "that is a whole model, and no folder beside one",
 }
 """Why PEFT has no place for a technique."""
@@ -57,6 +57,8 @@ class Writer:
     def write(self) -> tuple[dict[str, Any], Tensors]:
         used = {d.technique for d in self.ledger.deltas.values() if not self.is_default(d)}
         methods = sorted(used - set(MODULES))
+        biased = methods == ["bitfit", "lora"]
+        methods = ["lora"] if biased else methods
         writers: dict[str, Callable[[], tuple[dict[str, Any], Tensors]]] = {
             "lora": self._lora,
             "adalora": self._adalora,
@@ -76,6 +78,9 @@ class Writer:
             )
         config, tensors = writers[methods[0]]()
         saved, names = self._modules()
+        if biased:
+            config["bias"], biases = self._biases(config["target_modules"], saved)
+            tensors |= biases
         inner = "base_model." if "prompt_embeddings" in tensors else "base_model.model."
         keyed = {name if name in OUTER else inner + name: t for name, t in (tensors | saved).items()}
         base = self.compiled.spec.base
@@ -238,6 +243,27 @@ class Writer:
                 for leaf, parameter in module.named_parameters():
                     saved[f"{path}.{leaf}"] = own.get(f"{path}.{leaf}", parameter.detach())
         return saved, names
+
+    def _biases(self, targets: list[str], saved: Tensors) -> tuple[str, Tensors]:
+        """PEFT has the biases of all its targets, or all there are: the task's where it has them, else the base's."""
+        base = {n: p.detach() for n, p in self.model.named_parameters() if n.endswith(".bias") and n not in saved}
+        own: Tensors = {}
+        for delta in self.ledger.deltas.values():
+            if delta.technique != "bitfit" or self.is_default(delta):
+                continue
+            name, tensor = f"{delta.site}.bias", self.trained[delta.name]
+            if tensor.shape != base[name].shape:
+                sites = self.compiled.program.anatomy.projections
+                features = next(s.features for s in sites if (s.path, s.role) == (delta.site, delta.role))
+                whole = own.get(name, base[name].clone())
+                whole[list(features or ())] = tensor
+                tensor = whole
+            own[name] = tensor
+        targeted = {f"{path}.bias" for path in targets} & base.keys()
+        names = targeted if own.keys() <= targeted else base.keys()
+        inner = {name: f"{name.removesuffix('bias')}base_layer.bias" for name in targeted}
+        kind = "lora_only" if names == targeted else "all"
+        return kind, {inner.get(name, name): own.get(name, base[name]) for name in names}
 
     def _parameters(self) -> Tensors:
         """The task's own values of the base's parameters, by name and as the base stores them."""
