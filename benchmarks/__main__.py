@@ -15,11 +15,18 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import adapter_drop, compiling, latency, tasks, training
+from benchmarks import adapter_drop, compiling, latency, mixed, tasks, training
 from benchmarks.measure import THREADS, Section
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
-ROOMS = {"latency": latency, "training": training, "tasks": tasks, "adapter_drop": adapter_drop, "compiling": compiling}
+ROOMS = {
+    "latency": latency,
+    "mixed": mixed,
+    "training": training,
+    "tasks": tasks,
+    "adapter_drop": adapter_drop,
+    "compiling": compiling,
+}
 TOOLS = ("torch", "transformers", "onnxruntime", "peft", "onnx", "onnxscript")
 
 

@@ -169,13 +169,13 @@ class Rewriting:
         where rows of several tasks share a batch, it is `[rows, n]`, zero where the task of a row has fewer.
         """
         axis %= len(delta.shape)
-        name = f"live.{delta.free[axis]}"
+        name = f"{delta.free[axis]}.live"
         for node in self.graph.nodes:
             if node.meta.get(LIVE) == name:
                 return node  # type: ignore[no-any-return]
 
         def ones(_: Tensor, t: Tensor) -> Tensor:
-            return torch.ones(t.shape[axis], dtype=torch.long, device=t.device)
+            return t.new_ones([t.shape[axis]], dtype=torch.long)
 
         node = self.insert(ones, [max(n for n in self.graph.nodes if n.op == "placeholder")], (delta,))
         node.meta[LIVE] = name

@@ -10,11 +10,13 @@ filled up: with `Delta.padding`, which leaves the answer as it is; and where a t
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from surgeon.errors import CompositionError
 from surgeon.ledger import Delta, Ledger
 from surgeon.mixed.rows import ROWS, RowWise
 from surgeon.mixed.writing import Writing
@@ -33,11 +35,18 @@ def mixed(program: Program) -> Program:
 
     Raises CompositionError where rows of a batch cannot be told apart on the way of a delta.
     """
+    uncounted = set(program.ledger.positions) - set(program.counted.values())
+    if uncounted or (program.ledger.positions and not any(given.fill == 1 for given in program.inputs)):
+        raise CompositionError(
+            "rows of tasks of several lengths need an attention mask, and this base takes none",
+            there_is=sorted(program.ledger.positions),
+            try_="`modes: [switch]` in `export`: one task a call",
+        )
     banks = _Banks(program)
     graph = banks.write()
     return replace(
         program,
-        graph_module=fx.GraphModule(program.graph_module, graph),
+        graph_module=fx.GraphModule(banks.tensors(graph), graph),
         inputs=(*program.inputs, Input(ROWS, (ROWS,)), Input(TASK_IDS, (ROWS,))),
         ledger=Ledger({d.name: d for d in banks.deltas.values()}),
     )
@@ -60,6 +69,12 @@ class _Banks:
         names = [node.name for node in graph.find_nodes(op="placeholder")]
         graph._codegen = _called_by_name(names, self.program.graph)
         return graph
+
+    def tensors(self, graph: fx.Graph) -> dict[str, Tensor]:
+        """What the graph holds: the base's own tensors, and banks of nothing but the base."""
+        names = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+        held = dict(chain(self.program.graph_module.named_parameters(), self.program.graph_module.named_buffers()))
+        return {name: self.deltas[name].default if name in self.deltas else held[name] for name in names}
 
     def read(self, writing: Writing, node: fx.Node) -> fx.Node | None:
         """A delta of every row."""

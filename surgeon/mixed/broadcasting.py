@@ -11,8 +11,21 @@ from torch import Tensor, fx
 from surgeon.mixed.writing import Writing
 
 aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
 PLAIN = {"add", "sub", "rsub", "mul", "div", "where", "pow", "maximum", "minimum", "masked_fill"}
 """Arithmetic that broadcasts."""
+
+
+def without_dropout(node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Arguments of `node` as they are in evaluation."""
+    if node.target is SDPA:
+        args = args[:4] + ((0.0,) if len(args) > 4 else ()) + args[5:]
+        kwargs = {name: value for name, value in kwargs.items() if name != "dropout_p"}
+    return args, kwargs
+
+
+def _mask(node: fx.Node) -> Any:
+    return node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
 
 
 def broadcast(
@@ -28,24 +41,26 @@ def broadcast(
     ranks = {n: n.meta["val"].dim() for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)}
 
     def filled(delta: fx.Node, kept: int | None = None) -> fx.Node:
-        """`[R, …]` with ones behind R, up to the rank of the result."""
+        """`[R, …]` with ones behind R, up to the rank of the result; where it has that rank, its own one goes."""
         value = deltas[delta]
+        if kept is None and ranks[delta] == rank:
+            return writing.call(aten.squeeze.dim, (value, 1))
         for _ in range(rank - 1 - (ranks[delta] if kept is None else kept)):
             value = writing.call(aten.unsqueeze.default, (value, 1))
         return value
 
-    if name in PLAIN and all(ranks[n] < rank for n in own):
+    fits = all(ranks[n] < rank or (ranks[n] == rank and n.meta["val"].shape[0] == 1) for n in own)
+    if fits and (name in PLAIN or (node.target is SDPA and own == [_mask(node)])):
         mapped: Any = fx.node.map_arg((args, node.kwargs), lambda n: filled(n) if n in deltas else row(n))
-        return writing.call(node.target, *mapped)
+        return writing.call(node.target, *without_dropout(node, *mapped))
     if name == "matmul" and own == [args[1]] and ranks[args[0]] >= 3 and ranks[own[0]] == 2:  # type: ignore[index]
         return writing.call(node.target, (row(args[0]), filled(own[0], 2)))  # type: ignore[arg-type]
-    if name == "linear" and own == [*args[2:]] and own:
+    if name == "linear" and own == [*args[2:]]:
         product = writing.call(node.target, (row(args[0]), row(args[1])))  # type: ignore[arg-type]
         return writing.call(aten.add.Tensor, (product, filled(own[0])))
     if name == "layer_norm" and set(own) == {a for a in args[2:4] if isinstance(a, fx.Node)}:
-        normed = writing.call(node.target, (row(args[0]), args[1], None, None, *args[4:]))  # type: ignore[arg-type]
-        scaled = writing.call(aten.mul.Tensor, (normed, filled(args[2])))  # type: ignore[arg-type]
-        if len(args) < 4 or args[3] is None:
-            return scaled
-        return writing.call(aten.add.Tensor, (scaled, filled(args[3])))  # type: ignore[arg-type]
+        result = writing.call(node.target, (row(args[0]), args[1], None, None, *args[4:]))  # type: ignore[arg-type]
+        for operator, delta in zip((aten.mul.Tensor, aten.add.Tensor), args[2:4], strict=False):
+            result = result if delta is None else writing.call(operator, (result, filled(delta)))  # type: ignore[arg-type]
+        return result
     return None

@@ -21,11 +21,10 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 from surgeon.errors import CompositionError
 from surgeon.mixed.alone import alone
 from surgeon.mixed.batch import Batch, is_tensor
-from surgeon.mixed.broadcasting import broadcast
+from surgeon.mixed.broadcasting import broadcast, without_dropout
 from surgeon.mixed.writing import Writing
 
 aten = torch.ops.aten
-SDPA = aten.scaled_dot_product_attention.default
 ROWS = "rows"
 MANY = 8191
 """Rows to trace with: a number that nothing else is, so that it is found where it was taken for a constant."""
@@ -128,7 +127,7 @@ class RowWise:
         ):
             return self._env[operand][node.args[1]]  # `getitem` of what was written as several values
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), mapped)
-        return self.writing.call(node.target, *_without_dropout(node, args, kwargs))
+        return self.writing.call(node.target, *without_dropout(node, args, kwargs))
 
     # -- a value as it is where it is read ------------------------------------------------------------------------
 
@@ -201,6 +200,9 @@ class RowWise:
     def _meet(self, node: fx.Node) -> None:
         tensors = [n for n in node.all_input_nodes if is_tensor(n)]
         texts = [n for n in tensors if self._per_text(n)]
+        if node.target is aten.embedding.default and not texts and self._kinds[tensors[0]] == TRUNK:
+            self._put(node, DELTA, self._called(node, self._row))  # a table of the base, at numbers of each row's own
+            return
         values = node.meta["val"] if isinstance(node.meta["val"], tuple | list) else [node.meta["val"]]
         own = any(self.batch.within(size) for value in values for size in value.shape)
         plain = own and texts and all(self.batch.factor(n) == 1 for n in texts)
@@ -271,12 +273,5 @@ def _counts_rows(node: fx.Node) -> bool:
 
 def _applied(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-    args, kwargs = _without_dropout(node, args, kwargs)
+    args, kwargs = without_dropout(node, args, kwargs)
     return alone(node.target)(*args, **kwargs)
-
-
-def _without_dropout(node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    if node.target is SDPA:
-        args = args[:4] + ((0.0,) if len(args) > 4 else ()) + args[5:]
-        kwargs = {name: value for name, value in kwargs.items() if name != "dropout_p"}
-    return args, kwargs

@@ -1,6 +1,7 @@
 """Masks and biases of attention scores that grow by the columns of a prefix.
 
-Whatever meets the scores gets neutral columns in front: open in a mask, zero in a bias, one in a factor.
+Whatever meets the scores gets neutral columns in front: open in a mask, zero in a bias, one in a factor. Where tasks of
+several lengths share a batch, the columns that a task does not have are closed.
 """
 
 from __future__ import annotations
@@ -21,20 +22,27 @@ HIDDEN = -1e4
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
+Columns = tuple[float, float]
+"""What a column in front of a mask or bias is, and what one is that a task does not have."""
+
+Extend = Callable[[fx.Node, fx.Node, Columns], None]
+
+
 def open_columns(program: Program, sites: Sequence[Attention], prefix: Delta) -> None:
     """Extend the masks and biases of `sites` by the length of `prefix`, each distinct one once."""
-    extended: dict[tuple[fx.Node, float], fx.Node] = {}
+    live = program.live(prefix, -2)
+    extended: dict[tuple[fx.Node, Columns], fx.Node] = {}
 
-    def extend(reader: fx.Node, operand: fx.Node, fill: float) -> None:
-        if (operand, fill) not in extended:
-            extended[operand, fill] = program.insert(_columns(fill), [program.current(operand)], (prefix,))
-        reader.replace_input_with(operand, extended[operand, fill])
+    def extend(reader: fx.Node, operand: fx.Node, columns: Columns) -> None:
+        if (operand, columns) not in extended:
+            extended[operand, columns] = program.insert(_widened(*columns), [program.current(operand), live])
+        reader.replace_input_with(operand, extended[operand, columns])
 
     for site in sites:
         if site.core.target is SDPA:
-            _open_fused(program, site.core, prefix, extend)
+            _open_fused(program, site.core, live, extend)
         else:
-            _open_spelled_out(program, site, extend)
+            _open_spelled_out(program, site, live, extend)
 
 
 def biased(program: Program, sites: Sequence[Attention]) -> bool:
@@ -58,48 +66,68 @@ def _terms(site: Attention) -> list[fx.Node]:
     return [n for n in found if isinstance(v := n.meta.get("val"), Tensor) and v.dim() > 0 and v.is_floating_point()]
 
 
-def _columns(fill: float) -> Callable[[Tensor, Tensor], Tensor]:
-    def widened(mask: Tensor, prefix: Tensor) -> Tensor:
-        return torch.cat([mask.new_full([*mask.shape[:-1], prefix.shape[-2]], fill), mask], -1)
+def _widened(opened: float, closed: float) -> Callable[[Tensor, Tensor], Tensor]:
+    def widened(mask: Tensor, live: Tensor) -> Tensor:
+        if mask.dtype == torch.bool:
+            front = live > 0 if opened else live <= 0
+        else:
+            limit = torch.finfo(mask.dtype).max if mask.is_floating_point() else 0
+            front = (opened + (1 - live) * (closed * limit)).to(mask.dtype)
+        return torch.cat([front.expand(*mask.shape[:-1], -1), mask], -1)
 
     return widened
 
 
-def _open_fused(
-    program: Program, core: fx.Node, prefix: Delta, extend: Callable[[fx.Node, fx.Node, float], None]
-) -> None:
+def _open_fused(program: Program, core: fx.Node, live: fx.Node, extend: Extend) -> None:
     arguments = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), core.args, strict=False))
     arguments |= core.kwargs
     mask = arguments.get("attn_mask")
     if isinstance(mask, fx.Node):
-        extend(core, mask, 1.0 if mask.meta["val"].dtype == torch.bool else 0.0)
-    elif arguments.get("is_causal"):
+        extend(core, mask, (1.0, 0.0) if mask.meta["val"].dtype == torch.bool else (0.0, -1.0))
+    else:
         # With more keys than queries SDPA's own triangle is aligned top-left, which would hide the text's tail.
-        explicit = program.insert(_causal, [core.args[0]], (prefix,))  # type: ignore[list-item]
+        body = _causal if arguments.get("is_causal") else _all
+        explicit = program.insert(body, [core.args[0], core.args[1], live])  # type: ignore[list-item]
         rest = {k: v for k, v in arguments.items() if k not in ("query", "key", "value", "is_causal")}
         core.args = core.args[:3]
         core.kwargs = {**rest, "attn_mask": explicit}
 
 
-def _causal(query: Tensor, prefix: Tensor) -> Tensor:
+def _causal(query: Tensor, _: Tensor, live: Tensor) -> Tensor:
     rows = query.shape[-2]
     seen = torch.ones(rows, rows, dtype=torch.bool, device=query.device).tril()
-    return torch.cat([seen.new_full([rows, prefix.shape[-2]], True), seen], -1)
+    return torch.cat([(live > 0).expand(rows, -1), seen], -1)
 
 
-def _open_spelled_out(program: Program, site: Attention, extend: Callable[[fx.Node, fx.Node, float], None]) -> None:
+def _all(query: Tensor, key: Tensor, live: Tensor) -> Tensor:
+    rows = query.shape[-2]
+    seen = torch.ones(rows, key.shape[-2] - live.shape[-1], dtype=torch.bool, device=query.device)
+    return torch.cat([(live > 0).expand(rows, -1), seen], -1)
+
+
+def _closed(scores: Tensor, live: Tensor) -> Tensor:
+    front = ((1 - live) * torch.finfo(scores.dtype).min).to(scores.dtype)
+    return scores + torch.nn.functional.pad(front, (0, scores.shape[-1] - live.shape[-1]))
+
+
+def _open_spelled_out(program: Program, site: Attention, live: fx.Node, extend: Extend) -> None:
     """Walk from the score product to the softmax and widen every operand that has the key axis, and every view."""
     keys = site.scores.meta["val"].shape[-1]
     path = {site.scores} | (descendants(site.scores) & ancestors(site.core))
     for node in (descendants(site.scores) & ancestors(site.mixed)) - {site.mixed}:
         _free_size(program, node, keys)
+    closes = False
     for node in sorted(path - {site.core}):
         for operand in list(node.all_input_nodes):
             value = operand.meta.get("val")
             if operand in path or not isinstance(value, Tensor) or value.dim() == 0:
                 continue
             if value.shape[-1] == keys and _meets_columns(node, operand, site):
-                extend(node, operand, _neutral(node, operand))
+                columns = _neutral(node, operand)
+                closes = closes or value.dtype == torch.bool or columns[1] != 0.0
+                extend(node, operand, columns)
+    if not closes:
+        program.replace(site.scores, _closed, also=(live,))
 
 
 def _meets_columns(node: fx.Node, operand: fx.Node, site: Attention) -> bool:
@@ -108,17 +136,17 @@ def _meets_columns(node: fx.Node, operand: fx.Node, site: Attention) -> bool:
     return node is not site.scores or bias
 
 
-def _neutral(node: fx.Node, operand: fx.Node) -> float:
-    """The value that leaves a score as it is, for the operation at `node`."""
+def _neutral(node: fx.Node, operand: fx.Node) -> Columns:
+    """What leaves a score as it is at `node`, and (in units of the largest number) what closes it."""
     name = str(node.target).split(".")[1].rstrip("_")
     if node.target is torch.ops.aten.baddbmm.default or name in ("add", "sub"):
-        return 0.0
+        return 0.0, 1.0 if name == "sub" and node.args[1] is operand else -1.0
     if name in ("mul", "div"):
-        return 1.0
+        return 1.0, 0.0
     if name == "masked_fill":
-        return 0.0
+        return 0.0, 0.0
     if name == "where" and node.args[0] is operand:
-        return 1.0 if node.args[1] in node.all_input_nodes and _is_scores(node, 1) else 0.0
+        return (1.0 if node.args[1] in node.all_input_nodes and _is_scores(node, 1) else 0.0), 0.0
     raise InvariantError(
         f"no neutral column is known for '{node.target}' on the way of attention scores", where=str(node)
     )

@@ -42,6 +42,10 @@ from surgeon.probes import Probe
 from surgeon.program import Program
 
 
+CLOSED = -3e4
+"""The score of an adapter that a task does not have, where tasks with more share a batch."""
+
+
 def _of(value: object) -> object:
     """Names and paths, or how many."""
     if isinstance(value, int) and not isinstance(value, bool):
@@ -151,7 +155,9 @@ class Fusion(Pass):
         (n, d, m), _ = frozen["adapter.down.weight"]
         adapters, columns = "adapters", "columns"
         deltas = {
-            part: program.delta(join, part, shape, None, free=free, droppable=True)
+            part: program.delta(
+                join, part, shape, None, free=free, droppable=True, padding=CLOSED if part == "prior.bias" else 0.0
+            )
             for part, shape, free in (
                 ("down.weight", (d, n * m), {1: columns}),
                 ("down.bias", (1, n * m), {1: columns}),

@@ -21,16 +21,21 @@ ANGLES = (torch.ops.aten.cos.default, torch.ops.aten.sin.default)
 
 def shift_positions(program: Program, stack: str, prefix: Delta) -> None:
     """Add the length of `prefix` (its axis -2) to every position operand of `stack`."""
+    live = program.live(prefix, -2)
     moved: dict[fx.Node, fx.Node] = {}
     for reader, operand in list(position_operands(program, stack)):
         source = _behind_cumsum(operand)
         if source not in moved:
-            moved[source] = program.insert(lambda p, t: p + t.shape[-2], [program.current(source)], (prefix,))
+            moved[source] = program.insert(_moved, [program.current(source), live])
             if source is not operand:
                 for user in [u for u in source.users if u is not moved[source]]:
                     user.replace_input_with(source, moved[source])
         if source is operand:
             reader.replace_input_with(operand, moved[source])
+
+
+def _moved(positions: Tensor, live: Tensor) -> Tensor:
+    return positions + live.sum(-1, keepdim=True).to(positions.dtype)
 
 
 def position_operands(program: Program, stack: str) -> Iterator[tuple[fx.Node, fx.Node]]:

@@ -21,8 +21,8 @@ from surgeon.program import Program
 SCALINGS = (torch.ops.aten.mul.Tensor, torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
 FILLS = {"attention_mask": 1, "token_type_ids": 0}
 
-Fill = Callable[[Tensor, int, int], Tensor]
-"""From an input: the values of `count` virtual tokens, before which there are `first` others."""
+Fill = Callable[[Tensor, Tensor, int], Tensor]
+"""From an input and the `live` of some virtual tokens, before which there are `first` others: the tokens' values."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,21 @@ class Virtual:
         for table, index in [(table, program.current(table.index)) for table in tables]:
             self._embed(program, table, index)
         before = set(program.graph.nodes)
+        live = [program.live(delta, -2) for delta in self.deltas]
         ends = () if self.back is None else (_text_ends(program, ids),)
+        inputs = [n for n in program.graph.nodes if n.op == "placeholder" and (n is ids or n.name in FILLS)]
+        places: dict[str, fx.Node] = {}  # by length: a mask may reach back over a cache
+        for node in inputs:
+            size = str(node.meta["val"].shape[1])
+            if size not in places:
+                places[size] = program.insert(self._places, [program.current(node), *ends, *live])
         keep = set(program.graph.nodes) - before
-        for node in [n for n in program.graph.nodes if n.op == "placeholder"]:
-            if node is ids or node.name in FILLS:
-                fill = _virtual_ids(tables[0].rows) if node is ids else _constant(FILLS[node.name])
-                program.replace(node, self._longer(fill), self.deltas, also=ends, keep=keep)
+        padding = program.config.pad_token_id or 0
+        for node in inputs:
+            fill = _virtual_ids(tables[0].rows, padding) if node is ids else _constant(FILLS[node.name])
+            program.replace(node, self._longer(fill), also=(places[str(node.meta["val"].shape[1])], *live), keep=keep)
         for node in per_token:
-            program.replace_operand([program.output], node, self._cut, self.deltas, also=ends)
+            program.replace_operand([program.output], node, self._cut, also=(places[str(length)], *live))
         for delta in self.deltas:
             program.occupy(delta.free[len(delta.shape) - 2], "sequence")
 
@@ -73,33 +80,53 @@ class Virtual:
                     try_="one of the two: at run time they are the same",
                 )
 
+    def _places(self, ids: Tensor, *others: Tensor) -> Tensor:
+        """Where each column of `_columns` goes, `[batch, n + length]`.
+
+        `back` goes to where the text ends, and what is behind moves up; tokens that a task does not have go to the end
+        of the row, as if it were padded there.
+        """
+        ends, front, back = (None, others[0], None) if self.back is None else others
+        length, f, zero = ids.shape[1], front.shape[-1], torch.zeros_like(ids[:, :1])
+        real, nf = _count(ids), front.sum(-1, keepdim=True)
+        if back is None or ends is None:
+            nb, end = torch.zeros_like(nf), zero + length
+        else:
+            nb, end = back.sum(-1, keepdim=True), ends.unsqueeze(1)
+        i = front.new_ones(front.shape).cumsum(-1) - 1
+        pieces = [
+            torch.where(real < self.behind, real, torch.where(real < end, real + nf, real + nf + nb)),
+            torch.where(i < nf, i + self.behind, i + nb + length) + zero,
+        ]
+        if back is not None:
+            i = back.new_ones(back.shape).cumsum(-1) - 1
+            pieces.append(torch.where(i < nb, i + nf + end, i + (f + length)))
+        return self._columns(*pieces)
+
+    def _columns(self, real: Tensor, front: Tensor, back: Tensor | None = None) -> Tensor:
+        """The text with `front` where it stands and `back` behind it all."""
+        pieces = [real[:, : self.behind], front, real[:, self.behind :]]
+        return torch.cat(pieces if back is None else [*pieces, back], 1)
+
     def _longer(self, fill: Fill) -> Callable[..., Tensor]:
         """An input with the virtual tokens in it."""
 
-        def longer(real: Tensor, *others: Tensor) -> Tensor:
-            if self.back is None:
-                front = fill(real, 0, others[0].shape[-2])
-                return torch.cat([real[:, : self.behind], front, real[:, self.behind :]], 1)
-            ends, f, b = others[0], others[1].shape[-2], others[2].shape[-2]
-            pieces = [real[:, : self.behind], fill(real, 0, f), real[:, self.behind :], fill(real, f, b)]
-            rows = torch.cat(pieces, 1)
-            # `back` moves from the end of the row to where the text ends; what it passes moves up.
-            place, end = _count(rows), ends.unsqueeze(1) + f
-            moved = torch.where(place < end + b, place - end + rows.shape[1] - b, place - b)
-            return torch.gather(rows, 1, torch.where(place < end, place, moved))
+        def longer(real: Tensor, places: Tensor, *live: Tensor) -> Tensor:
+            firsts = (0, live[0].shape[-1])
+            own = [fill(real, tokens, first) for tokens, first in zip(live, firsts, strict=False)]
+            columns = self._columns(real, *own)
+            return torch.zeros_like(columns).scatter(1, places, columns)
 
         return longer
 
-    def _cut(self, output: Tensor, *others: Tensor) -> Tensor:
+    def _cut(self, output: Tensor, places: Tensor, *live: Tensor) -> Tensor:
         """Outputs of the real tokens only."""
-        if self.back is None:
-            n = others[0].shape[-2]
-            return torch.cat([output[:, : self.behind], output[:, self.behind + n :]], 1)
-        ends, f, b = others[0], others[1].shape[-2], others[2].shape[-2]
-        real = _count(ends.new_ones(output.shape[0], output.shape[1] - f - b))
-        behind = torch.where(real < ends.unsqueeze(1), real + f, real + (f + b))
-        place = torch.where(real < self.behind, real, behind)
-        return output[torch.ones_like(real).cumsum(0) - 1, place]
+        f = live[0].shape[-1]
+        behind = places[:, self.behind + f :]
+        if len(live) > 1:
+            behind = behind[:, : behind.shape[1] - live[1].shape[-1]]
+        real = torch.cat([places[:, : self.behind], behind], 1)
+        return output[torch.ones_like(real).cumsum(0) - 1, real]
 
     def _embed(self, program: Program, table: Embedding, index: fx.Node) -> None:
         """Where an id is virtual, a row of the tokens takes the place of what the embedding module gives."""
@@ -110,8 +137,10 @@ class Virtual:
         def looked_up(embedded: Tensor, i: Tensor, *tokens: Tensor) -> Tensor:
             # A zero row in front gives a task without tokens something to read.
             own = torch.nn.functional.pad(torch.cat(tokens, -2), (0, 0, 1, 0))
-            own = own if own.dim() == 3 else own.unsqueeze(0)
-            row = (i - (rows - 1)).clamp(min=0).reshape(own.shape[0], -1, 1).expand(-1, -1, own.shape[-1])
+            row = (i - (rows - 1)).clamp(min=0)
+            if own.dim() == 2:
+                return torch.where((i >= rows).unsqueeze(-1), torch.embedding(own, row), embedded)
+            row = row.reshape(own.shape[0], -1, 1).expand(-1, -1, own.shape[-1])
             return torch.where((i >= rows).unsqueeze(-1), torch.gather(own, 1, row).reshape(embedded.shape), embedded)
 
         program.replace(end, looked_up, self.deltas, also=(index,))
@@ -164,9 +193,13 @@ def _count(t: Tensor) -> Tensor:
     return t.new_ones(t.shape).cumsum(1) - 1
 
 
-def _virtual_ids(rows: int) -> Fill:
-    return lambda real, first, count: real.new_ones([real.shape[0], count]).cumsum(1) + (rows - 1 + first)
+def _virtual_ids(rows: int, padding: int) -> Fill:
+    def ids(real: Tensor, live: Tensor, first: int) -> Tensor:
+        numbers = live.new_ones(live.shape).cumsum(-1) + (rows - 1 + first)
+        return torch.where(live > 0, numbers, padding) + torch.zeros_like(real[:, :1])
+
+    return ids
 
 
 def _constant(value: int) -> Fill:
-    return lambda real, _, count: real.new_full([real.shape[0], count], value)
+    return lambda real, live, _: live * value + torch.zeros_like(real[:, :1])

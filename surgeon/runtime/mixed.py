@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from surgeon.errors import DataError, SpecError, shorten
 from surgeon.runtime.bank import Bank
 from surgeon.runtime.engine import WARNING
 from surgeon.runtime.fit import LABELS, check_task, columns
-from surgeon.runtime.manifest import NO_TASK, Manifest, read_file
+from surgeon.runtime.manifest import MIXED, NO_TASK, Manifest, read_file
 from surgeon.runtime.ort import ORT_ERRORS
 from surgeon.runtime.taskfile import Array, parse_adapter, private_copy
 from surgeon.runtime.tasks import RunnableTask
@@ -49,18 +49,6 @@ def rows_of(task: PerRow, rows: Sequence[int] | None, texts: int) -> tuple[list[
     if not numbers:
         raise DataError("there are no rows to run", try_="a task for at least one row")
     return names, numbers
-
-
-def read_no_task(build: Path, manifest: Manifest, private: Path) -> Mapping[str, Array]:
-    """What the deltas of a row without a task are. Raises BuildError where the file is not the manifest's."""
-    data = read_file(build, NO_TASK, manifest.files[NO_TASK])
-    copy, _ = private_copy(build / NO_TASK, private)
-    try:
-        tensors = parse_adapter(copy, data, str(build / NO_TASK)).tensors
-        check_task(manifest, tensors, str(build / NO_TASK))
-    finally:
-        copy.unlink(missing_ok=True)
-    return tensors
 
 
 def _numbers(rows: Sequence[int], texts: int) -> list[int]:
@@ -128,3 +116,29 @@ class MixedGraph:
         count = self._columns if task is None or task.info.columns is None else task.info.columns
         axes: Sequence[Any] = self._outputs[name][1:]
         return output[tuple(slice(0, count) if axis == LABELS else slice(None) for axis in axes)]
+
+
+def open_mixed(
+    build: Path,
+    manifest: Manifest,
+    private: Path,
+    opening: Callable[..., InferenceSession],
+    bounds: tuple[int, int | None],
+) -> MixedGraph:
+    """Open the second graph. Raises SpecError where there is none, BuildError where a file is not the manifest's."""
+    if MIXED not in manifest.files or NO_TASK not in manifest.files:
+        raise SpecError(
+            "this build takes one task a call",
+            where=str(build),
+            there_is=f"modes {', '.join(manifest.modes)}",
+            try_="`modes: [switch, mixed]` in the spec's `export`, and compile it again",
+        )
+    path = build / NO_TASK
+    data = read_file(build, NO_TASK, manifest.files[NO_TASK])
+    copy, _ = private_copy(path, private)
+    try:
+        base = parse_adapter(copy, data, str(path)).tensors
+        check_task(manifest, base, str(path))
+    finally:
+        copy.unlink(missing_ok=True)
+    return MixedGraph(opening(build, manifest, mixed=True), manifest, base, Bank(manifest, base, *bounds))

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -17,16 +17,13 @@ from onnxruntime import InferenceSession, RunOptions
 
 from surgeon.errors import BuildError, DataError, SpecError, did_you_mean, shorten
 from surgeon.runtime.answers import Answer, answers
-from surgeon.runtime.bank import Bank
 from surgeon.runtime.engine import WARNING, Fusions, Provider, open_model
 from surgeon.runtime.feeds import SEQUENCE, complete
 from surgeon.runtime.generation import Listener, Prompt, Written, check_counts, choice, write
 from surgeon.runtime.generation.asking import check_prompts, is_chat, make_rows, read_prompts
 from surgeon.runtime.generation.chat import Chat
 from surgeon.runtime.manifest import (
-    MIXED,
     MODEL,
-    NO_TASK,
     TEMPLATE,
     TOKENIZER,
     Manifest,
@@ -34,7 +31,7 @@ from surgeon.runtime.manifest import (
     read_file,
     read_manifest,
 )
-from surgeon.runtime.mixed import MixedGraph, PerRow, read_no_task, rows_of
+from surgeon.runtime.mixed import MixedGraph, PerRow, open_mixed, rows_of
 from surgeon.runtime.ort import ORT_ERRORS
 from surgeon.runtime.taskfile import Array
 from surgeon.runtime.tasks import RunnableTask, TaskInfo, load_task, name_of
@@ -163,7 +160,9 @@ class Session:
         absent. Raises DataError for inputs that do not fit, SpecError for an unknown task.
         """
         if isinstance(task, list | tuple):
-            return self._run_rows(inputs, task, rows, drop)
+            self._open_mixed()
+            names, numbers = rows_of(task, rows, self._count(inputs))
+            return self._run_rows(inputs, [self._task(n, drop if n is not None else 0) for n in names], numbers)
         if rows is not None:
             raise SpecError("rows need a task each", try_="task=['a', 'b', …], as many as there are rows")
         return self._run(inputs, self._task(task, drop))
@@ -194,30 +193,32 @@ class Session:
                     there_is=shorten(self._tasks),
                     try_="give it another name, or say replace=True",
                 )
+            former = self._tasks.get(name)
             self._tasks = {**self._tasks, name: task}
+        self._forget(former)
         return task.info
 
     def remove_task(self, name: str) -> None:
         """Remove a task. Runs that use it end with it."""
         with self._lock:
-            self._task(name)
+            former = self._task(name)
             self._tasks = {other: task for other, task in self._tasks.items() if other != name}
+        self._forget(former)
 
-    def encode(self, texts: Sequence[Text], max_length: int | None = None, task: str | None = None) -> dict[str, Array]:
+    def encode(
+        self, texts: Sequence[Text], max_length: int | None = None, task: str | Sequence[str | None] | None = None
+    ) -> dict[str, Array]:
         """Inputs for `run` from texts or pairs of texts, padded to the longest, cut to what the base takes.
 
-        With a `task`, cut to what is left beside tokens of the task's own, such as a prompt.
+        With a `task`, or several, cut to what is left beside tokens of the task's own, such as a prompt.
         """
-        self._open()
-        room, taken = self._manifest.base.max_length, self._taken(self._task(task), SEQUENCE)
-        if room is not None and taken:
-            max_length = min(room - taken, max_length or room)
-        return self._tokenizer().encode(texts, self._manifest.inputs, max_length)
+        names = [task] if task is None or isinstance(task, str) else task
+        return self._encode(texts, max_length, [self._task(name) for name in names])
 
     def classify(
         self,
         texts: Sequence[Text],
-        task: str | None = None,
+        task: str | Sequence[str | None] | None = None,
         *,
         batch: int = 32,
         max_length: int | None = None,
@@ -225,17 +226,27 @@ class Session:
     ) -> list[Answer]:
         """The likeliest label of every text. Labels without names are numbered from 0. `drop` is as in `run`.
 
+        `task` is one for all texts, or a list of one for each (of a build with the mode `mixed`).
+
         Texts of like length share a batch, so that little is spent on padding; answers come in the order of the texts.
         """
-        active = self._task(task, drop)
-        labels = None if active is None else active.info.labels
         check_texts(texts)
+        one = task is None or isinstance(task, str)
+        names = [task] * len(texts) if task is None or isinstance(task, str) else list(task)
+        if len(names) != len(texts):
+            raise DataError(f"there are {len(names)} tasks for {len(texts)} texts", try_="a task for every text")
+        active = {name: self._task(name, drop if one or name is not None else 0) for name in dict.fromkeys(names)}
         order = sorted(range(len(texts)), key=lambda i: length(texts[i]))
         found: dict[int, Answer] = {}
         for start in range(0, len(order), batch):
             part = order[start : start + batch]
-            outputs = self._run(self.encode([texts[i] for i in part], max_length, task), active)
-            found.update(zip(part, answers(outputs, labels), strict=True))
+            own = [active[names[i]] for i in part]
+            inputs = self._encode([texts[i] for i in part], max_length, own)
+            if one:
+                found.update(zip(part, answers(self._run(inputs, own[0]), _labels(own[0])), strict=True))
+                continue
+            for i, task_, row in zip(part, own, self._run_rows(inputs, own, range(len(part))), strict=True):
+                [found[i]] = answers({name: array[None] for name, array in row.items()}, _labels(task_))
         return [found[i] for i in range(len(texts))]
 
     @property
@@ -281,7 +292,7 @@ class Session:
         chats = any(map(is_chat, prompts))
         words = bool(stops) or stream is not None or chats or any(isinstance(prompt, str) for prompt in prompts)
         tokenizer = self._tokenizer().plain() if words or TOKENIZER in self._manifest.files else None
-        room, taken = self._manifest.base.max_length, self._taken(active, SEQUENCE)
+        room, taken = self._manifest.base.max_length, self._most([active], SEQUENCE)
         rows = make_rows(
             read_prompts(prompts, tokenizer, self._chat() if chats else None, room=room, taken=taken),
             tokenizer,
@@ -310,7 +321,7 @@ class Session:
     def _run(self, inputs: Mapping[str, Any], active: RunnableTask | None) -> dict[str, Array]:
         session = self._open()
         limit = self._manifest.base.max_length
-        feed = complete(self._manifest.inputs, inputs, limit, lambda axis: self._taken(active, axis))
+        feed = complete(self._manifest.inputs, inputs, limit, partial(self._most, [active]))
         rows = next(iter(feed.values())).shape[0]
         feed |= {t.past.name: np.zeros(t.shape(batch=rows, past=0), t.past.dtype) for t in self._cache}
         options = RunOptions()
@@ -327,15 +338,26 @@ class Session:
             ) from error
         return dict(zip(self._outputs, outputs, strict=True))
 
+    def _forget(self, task: RunnableTask | None) -> None:
+        """Let a task that nobody can name any more give way before all others."""
+        mixed = self._mixed
+        if task is not None and mixed is not None:
+            mixed.bank.forget(task)
+
+    def _encode(
+        self, texts: Sequence[Text], max_length: int | None, tasks: Sequence[RunnableTask | None]
+    ) -> dict[str, Array]:
+        self._open()
+        taken, room = self._most(tasks, SEQUENCE), self._manifest.base.max_length
+        if room is not None and taken:
+            max_length = min(room - taken, max_length or room)
+        return self._tokenizer().encode(texts, self._manifest.inputs, max_length)
+
     def _run_rows(
-        self, inputs: Mapping[str, Any], task: PerRow, rows: Sequence[int] | None, drop: int
+        self, inputs: Mapping[str, Any], tasks: Sequence[RunnableTask | None], rows: Sequence[int]
     ) -> list[dict[str, Array]]:
-        mixed = self._open_mixed()
-        names, numbers = rows_of(task, rows, self._count(inputs))
-        tasks = [self._task(name, drop if name is not None else 0) for name in names]
-        limit = self._manifest.base.max_length
-        most: Callable[[str], int] = lambda axis: max(self._taken(t, axis) for t in tasks)  # noqa: E731
-        return mixed.run(complete(self._manifest.inputs, inputs, limit, most), tasks, numbers)
+        mixed, limit = self._open_mixed(), self._manifest.base.max_length
+        return mixed.run(complete(self._manifest.inputs, inputs, limit, partial(self._most, tasks)), tasks, rows)
 
     def _count(self, inputs: Mapping[str, Any]) -> int:
         """Texts in a batch; `complete` tells what is wrong where there are none."""
@@ -350,19 +372,10 @@ class Session:
             return mixed
         with self._mixing:
             if self._mixed is None:
-                if MIXED not in self._manifest.files or NO_TASK not in self._manifest.files:
-                    raise SpecError(
-                        "this build takes one task a call",
-                        where=str(self._build),
-                        there_is=f"modes {', '.join(self._manifest.modes)}",
-                        try_="`modes: [switch, mixed]` in the spec's `export`, and compile it again",
-                    )
-                base = read_no_task(self._build, self._manifest, self._private)
-                bank = Bank(self._manifest, base, *self._bounds)
-                session = self._opening(self._build, self._manifest, mixed=True)
+                graph = open_mixed(self._build, self._manifest, self._private, self._opening, self._bounds)
                 with self._lock:
                     self._open()
-                    self._mixed = MixedGraph(session, self._manifest, base, bank)
+                    self._mixed = graph
             return self._mixed
 
     def _tokenizer(self) -> Texts:
@@ -382,8 +395,9 @@ class Session:
         data = read_file(self._build, TEMPLATE, self._manifest.files[TEMPLATE], verify=self._verify)
         return Chat(data.decode(), generation.tokens, str(self._build / TEMPLATE))
 
-    def _taken(self, active: RunnableTask | None, axis: str) -> int:
-        return 0 if active is None else self._manifest.taken(active.info.sizes, axis)
+    def _most(self, tasks: Sequence[RunnableTask | None], axis: str) -> int:
+        """Positions of an axis that the tokens of these tasks take at most."""
+        return max((self._manifest.taken(task.info.sizes, axis) for task in tasks if task is not None), default=0)
 
     def _open(self) -> InferenceSession:
         session = self._session
@@ -405,3 +419,7 @@ class Session:
                 try_=did_you_mean(str(name), tasks),
             )
         return tasks[name].without(self._manifest, drop)
+
+
+def _labels(task: RunnableTask | None) -> Sequence[str] | None:
+    return None if task is None else task.info.labels

@@ -11,7 +11,7 @@ import torch
 from torch.func import functional_call
 
 import surgeon
-from surgeon.errors import DataError, SpecError
+from surgeon.errors import CompositionError, DataError, SpecError
 from surgeon.mixed import mixed
 from surgeon.runtime.bank import Bank
 from surgeon.spec.envelope import ExportSpec
@@ -33,6 +33,11 @@ SURGERIES = {
     "fusion": [{"fusion": {"bottleneck": 4}}],
     "full": [{"full": {}}],
     "head": [{"head": {}}],
+    "prefix": [{"prefix": {"length": 3}}],
+    "p_tuning_v2": [{"p_tuning_v2": {"length": 3}}, {"lora": {"rank": 3}}],
+    "prompt": [{"prompt": {"length": 3}}],
+    "prompt after": [{"prompt": {"length": 3, "place": "after"}}, {"ia3": {}}],
+    "p_tuning": [{"p_tuning": {"template": "[P]*3 {text} [P]*2"}}],
     "drop": [{"adapter": {"bottleneck": 4}}, {"drop": {"layers": 1}}],
     "many": [{"lora": {"rank": 3}}, {"adapter": {"bottleneck": 4}}, {"ia3": {}}, {"head": {}}],
 }
@@ -210,6 +215,74 @@ def test_tasks_come_and_go_meanwhile(served):
         session.remove_task("sentiment")
         with pytest.raises(SpecError, match="no task 'sentiment'"):
             session.run(fed, ["sentiment"] * 4)
+
+
+@pytest.mark.parametrize("surgery", [[{"prefix": {"length": 3}}], [{"prompt": {"length": 3}}]], ids=str)
+def test_tasks_of_several_lengths_share_a_batch_in_onnx_runtime(surgery, lab, tmp_path):
+    """And one that is longer takes no room from the texts of the others: 60 tokens and 4 of its own fill the table."""
+    compiled = lab.operate(lab.base("bert"), *surgery, tasks={"short": {}, "long": {}})
+    compiled.spec = compiled.spec.model_copy(update={"export": ExportSpec(modes=("switch", "mixed"))})
+    lab.move(compiled.model("short"))
+    lab.resize(compiled.model("long"), length=9)
+    fed = {n: t.numpy() for n, t in lab.feed(lab.base("bert"), 3, 9, pad=2).items()}
+    full = {n: t.numpy() for n, t in lab.feed(lab.base("bert"), 2, 61).items()}
+    with surgeon.Session(compiled.save(tmp_path / "build"), threads=1) as session:
+        tasks = ["short", None, "long"]
+        same(session, fed, session.run(fed, tasks), list(enumerate(tasks)))
+        same(session, full, session.run(full, ["short", None]), [(0, "short"), (1, None)])
+        with pytest.raises(DataError, match="61 tokens"):
+            session.run(full, ["short", "long"])
+
+
+def gathered(program):
+    """What is gathered by `rows`: the kinds of the nodes."""
+    nodes = mixed(program).graph_module.graph.nodes
+    return [n.args[0] for n in nodes if n.target is torch.ops.aten.index_select.default and str(n.args[2]) == "rows"]
+
+
+def test_layers_below_the_lowest_delta_run_once_a_text(lab):
+    """Four values cross at layer 1: its input, q and v before the product is added, and k; and the mask."""
+    above = lab.operate(lab.base("bert"), {"lora": {"rank": 2, "where": ["attention.query@1", "attention.value@1"]}})
+    crossing = gathered(above.program)
+    assert 4 <= len(crossing) <= 5
+    assert all(node.op != "placeholder" for node in crossing)
+    graph = crossing[0].graph
+    linears = [n for n in graph.nodes if n.target is torch.ops.aten.linear.default]
+    assert sum(n < min(u for c in crossing for u in c.users) for n in linears) >= 6  # all of layer 0
+
+
+def test_where_next_to_nothing_is_shared_the_inputs_are_gathered(lab):
+    deep = lab.operate(lab.base("bert", num_hidden_layers=8), {"lora": {"rank": 2}})
+    crossing = gathered(deep.program)
+    assert crossing
+    assert all(node.op == "placeholder" for node in crossing)
+
+
+def test_texts_are_classified_each_by_its_task(base_folder, tmp_path):
+    spec = {
+        "base": {"model": str(base_folder)},
+        "surgery": [{"lora": {"rank": 2}}],
+        "tasks": {"mood": {"labels": ["bad", "good"]}, "kind": {"labels": ["a", "b", "c"]}},
+        "export": {"modes": ["switch", "mixed"]},
+    }
+    build = tmp_path / "build"
+    surgeon.compile(spec, out=build)
+    texts, tasks = ["good film", "the film was dull", "a fine film", "bad"], ["kind", "mood", "mood", "kind"]
+    with surgeon.Session(build, threads=1) as session:
+        found = session.classify(texts, tasks, batch=3)
+        for text, task, answer in zip(texts, tasks, found, strict=True):
+            [alone] = session.classify([text], task)
+            assert answer.label == alone.label
+            assert answer.scores.keys() == alone.scores.keys()
+            assert answer.score == pytest.approx(alone.score, abs=1e-6)
+        with pytest.raises(DataError, match="1 tasks for 4 texts"):
+            session.classify(texts, ["kind"])
+
+
+def test_what_several_rows_answer_together_is_refused(lab):
+    compiled = lab.operate(lab.base("bert"), {"prompt": {"length": 3, "ensemble": 2}})
+    with pytest.raises(CompositionError, match="rows of several tasks"):
+        mixed(compiled.program)
 
 
 @pytest.mark.parametrize(
