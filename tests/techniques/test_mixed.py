@@ -11,6 +11,7 @@ import torch
 from torch.func import functional_call
 
 import surgeon
+from surgeon.dataflow import ancestors
 from surgeon.errors import CompositionError, DataError, SpecError
 from surgeon.mixed import mixed
 from surgeon.runtime.bank import Bank
@@ -234,28 +235,27 @@ def test_tasks_of_several_lengths_share_a_batch_in_onnx_runtime(surgery, lab, tm
             session.run(full, ["short", "long"])
 
 
-def gathered(program):
-    """What is gathered by `rows`: the kinds of the nodes."""
-    nodes = mixed(program).graph_module.graph.nodes
-    return [n.args[0] for n in nodes if n.target is torch.ops.aten.index_select.default and str(n.args[2]) == "rows"]
+def gathers(program):
+    """The mixed graph, and where it gathers by `rows`."""
+    graph = mixed(program).graph_module.graph
+    selections = graph.find_nodes(op="call_function", target=torch.ops.aten.index_select.default)
+    return graph, [n for n in selections if str(n.args[2]) == "rows"]
 
 
 def test_layers_below_the_lowest_delta_run_once_a_text(lab):
     """Four values cross at layer 1: its input, q and v before the product is added, and k; and the mask."""
     above = lab.operate(lab.base("bert"), {"lora": {"rank": 2, "where": ["attention.query@1", "attention.value@1"]}})
-    crossing = gathered(above.program)
+    graph, crossing = gathers(above.program)
     assert 4 <= len(crossing) <= 5
-    assert all(node.op != "placeholder" for node in crossing)
-    graph = crossing[0].graph
-    linears = [n for n in graph.nodes if n.target is torch.ops.aten.linear.default]
-    assert sum(n < min(u for c in crossing for u in c.users) for n in linears) >= 6  # all of layer 0
+    assert all(node.args[0].op != "placeholder" for node in crossing)
+    linears = graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    assert sum(ancestors(n).isdisjoint(crossing) for n in linears) == 6 + 3  # all of layer 0, and q, k, v of layer 1
 
 
 def test_where_next_to_nothing_is_shared_the_inputs_are_gathered(lab):
     deep = lab.operate(lab.base("bert", num_hidden_layers=8), {"lora": {"rank": 2}})
-    crossing = gathered(deep.program)
-    assert crossing
-    assert all(node.op == "placeholder" for node in crossing)
+    _, crossing = gathers(deep.program)
+    assert {node.args[0].name for node in crossing} == {i.name for i in deep.program.inputs}
 
 
 def test_texts_are_classified_each_by_its_task(base_folder, tmp_path):
