@@ -137,8 +137,8 @@ def _write_generation(
     template = chat_template(base)[0]
     if template is not None:
         (folder / TEMPLATE).write_text(template, encoding="utf-8")
-    if (technique := not_carried(program)) is not None:
-        report(f"no {GENAI}: onnxruntime-genai does not carry '{technique}'")
+    if (reason := not_carried(program, generation["end"])) is not None:
+        report(f"no {GENAI}: {reason}")
         return
     config = genai_config(program, generation["end"], vocabulary(base.model))
     (folder / GENAI).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

@@ -16,9 +16,12 @@ UNBOUNDED = 2**20
 """Context where the base has no last position: a search's own length limits it then."""
 
 
-def not_carried(program: Program) -> str | None:
-    """The technique that onnxruntime-genai cannot carry, if there is one."""
-    return next((d.technique for d in program.ledger.deltas.values() if d.once), None)
+def not_carried(program: Program, ends: list[int]) -> str | None:
+    """Why onnxruntime-genai cannot run a decoder, if it cannot."""
+    technique = next((d.technique for d in program.ledger.deltas.values() if d.once), None)
+    if technique is not None:
+        return f"onnxruntime-genai does not carry '{technique}'"
+    return None if ends else "onnxruntime-genai needs a token that ends a text, and this base names none"
 
 
 def genai_config(program: Program, ends: list[int], vocabulary: int) -> dict[str, Any]:
@@ -27,7 +30,6 @@ def genai_config(program: Program, ends: list[int], vocabulary: int) -> dict[str
     config: Any = program.config
     context = program.max_length or UNBOUNDED
     heads, width = past[0].axes[1], past[0].axes[3]
-    end = ends or [-1]
     pad = getattr(config, "pad_token_id", None)
     names = {
         which: {f"{which}_{part}_names": f"{which}_{part}_%d" for part in PARTS} for which in (PAST, PRESENT)
@@ -47,8 +49,8 @@ def genai_config(program: Program, ends: list[int], vocabulary: int) -> dict[str
         "model": {
             "type": "decoder",
             "bos_token_id": getattr(config, "bos_token_id", None) or 0,
-            "eos_token_id": end if len(end) > 1 else end[0],
-            "pad_token_id": end[0] if pad is None else pad,
+            "eos_token_id": ends if len(ends) > 1 else ends[0],
+            "pad_token_id": ends[0] if pad is None else pad,
             "context_length": context,
             "vocab_size": vocabulary,
             "decoder": decoder,

@@ -20,6 +20,7 @@ from surgeon.audit import audit
 from surgeon.cli import main
 from surgeon.compiler import Compiled
 from surgeon.errors import BuildError, CompositionError, DataError, SpecError
+from surgeon.exporters.genai import not_carried
 from surgeon.runtime.generation.chat import Chat
 
 if TYPE_CHECKING:
@@ -284,34 +285,40 @@ def test_a_conversation_is_read_as_transformers_writes_it(
 
 
 def test_onnxruntime_genai_writes_the_same_tokens_with_our_task_files(
-    talker: tuple[Compiled, Path], session: surgeon.Session
+    talker: tuple[Compiled, Path], tmp_path: Path
 ) -> None:
     genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
-    _, build = talker
+    made, _ = talker
+    made.base.model.generation_config.eos_token_id = [7, 8]
+    try:
+        build = made.save(tmp_path / "build")
+    finally:
+        made.base.model.generation_config.eos_token_id = None
     model = genai.Model(str(build))
     adapters = genai.Adapters(model)
-    adapters.load(str(build / session.manifest.tasks["a"].adapter), "a")
-    prompt = prompts()[0]
-    for task in (None, "a", None):
-        options = genai.GeneratorParams(model)
-        options.set_search_options(max_length=len(prompt) + LONG, do_sample=False)
-        generator = genai.Generator(model, options)
-        if task is not None:
-            generator.set_active_adapter(adapters, task)
-        generator.append_tokens(np.array([prompt], dtype=np.int32))
-        while not generator.is_done():
-            generator.generate_next_token()
-        found = generator.get_sequence(0)[len(prompt) :]
-        assert tuple(found) == session.generate([prompt], task, max_new_tokens=LONG)[0].tokens
+    with surgeon.Session(build, threads=1) as session:
+        adapters.load(str(build / session.manifest.tasks["a"].adapter), "a")
+        for prompt, task in [(p, t) for p in prompts() for t in (None, "a")]:
+            options = genai.GeneratorParams(model)
+            options.set_search_options(max_length=len(prompt) + LONG, do_sample=False)
+            generator = genai.Generator(model, options)
+            if task is not None:
+                generator.set_active_adapter(adapters, task)
+            generator.append_tokens(np.array([prompt], dtype=np.int32))
+            while not generator.is_done():
+                generator.generate_next_token()
+            found = tuple(generator.get_sequence(0)[len(prompt) :])
+            assert found == session.generate([prompt], task, max_new_tokens=LONG)[0].tokens
 
 
 def test_what_genai_cannot_carry_gets_no_folder_of_it(lab: Lab, talker: tuple[Compiled, Path], tmp_path: Path) -> None:
-    assert (talker[1] / "genai_config.json").exists()
     said: list[str] = []
-    made = compiled(lab, base(lab, "gpt2"), SURGERY["gpt2"])
-    build = made.save(tmp_path / "build", progress=said.append)
-    assert "no genai_config.json: onnxruntime-genai does not carry 'prompt'" in said
+    build = talker[0].save(tmp_path / "build", progress=said.append)
+    assert "no genai_config.json: onnxruntime-genai needs a token that ends a text, and this base names none" in said
     assert not (build / "genai_config.json").exists()
+    served = compiled(lab, base(lab, "gpt2"), SURGERY["gpt2"]).served
+    assert served is not None
+    assert not_carried(served, [7]) == "onnxruntime-genai does not carry 'prompt'"
 
 
 def test_a_template_reaches_nothing() -> None:
