@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 from torch import fx
 
 
@@ -27,3 +30,27 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
                 found.add(operand)
                 frontier.append(operand)
     return found
+
+
+def writes(node: fx.Node) -> list[fx.Node]:
+    """The in-place writes to the memory of `node`, in graph order: they leave its readers' operand as it is."""
+    root = node
+    while _shares(root) and isinstance(root.args[0], fx.Node):
+        root = root.args[0]
+    shared, todo = {root}, [root]
+    while todo:
+        for user in todo.pop().users:
+            if user not in shared and _shares(user) and user.args[0] in shared:
+                shared.add(user)
+                todo.append(user)
+    return sorted(user for user in shared if _schema(user) and _schema(user).is_mutable)
+
+
+def _shares(node: fx.Node) -> bool:
+    """Whether a value may lie in the memory of its first operand: views, and what writes in place."""
+    schema = _schema(node)
+    return node.target is operator.getitem or bool(schema and any(r.alias_info for r in schema.returns))
+
+
+def _schema(node: fx.Node) -> Any:
+    return getattr(node.target, "_schema", None)

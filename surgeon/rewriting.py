@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 from torch.fx.node import Argument
 
 from surgeon.bodies import Bodies
-from surgeon.dataflow import ancestors, descendants
+from surgeon.dataflow import ancestors, descendants, writes
 from surgeon.errors import InvariantError
 from surgeon.ledger import Delta
 from surgeon.module import Either
@@ -76,17 +76,26 @@ class Rewriting:
         finally:
             self._author = saved
 
-    def insert(self, fn: Callable[..., Any], inputs: Sequence[fx.Node], deltas: Sequence[Delta] = ()) -> fx.Node:
+    def insert(
+        self,
+        fn: Callable[..., Any],
+        inputs: Sequence[fx.Node],
+        deltas: Sequence[Delta] = (),
+        *,
+        before: fx.Node | None = None,
+    ) -> fx.Node:
         """Compute `fn(*inputs, *deltas)`, a plain torch function, right after the last of `inputs`; returns the result.
 
-        `fn` must broadcast over a leading batch dimension of its deltas and must not capture tensors.
+        With `before`, the result's first reader, it waits for what is written in place to `inputs` ahead of it. `fn`
+        must broadcast over a leading batch dimension of its deltas and must not capture tensors.
         """
         fakes = [self._fake(delta) for delta in deltas]
         body = list(self._bodies.trace(fn, [node.meta["val"] for node in inputs], fakes))
         captured = [node.target for node, _ in body if node.op == "get_attr"]
         if captured:
             raise InvariantError(f"the body of '{self._author[0]}' captures constants: {captured}")
-        anchor = max(inputs)
+        written = [node for value in inputs for node in writes(value) if before is not None and node < before]
+        anchor = max([*inputs, *written])
         if anchor.op == "placeholder":
             anchor = max(n for n in self.graph.nodes if n.op == "placeholder")
         env: dict[fx.Node, Argument] = {}
@@ -134,7 +143,7 @@ class Rewriting:
         now = edges[0][1]
         if any(other is not now or now not in reader.all_input_nodes for reader, other in edges):
             raise InvariantError(f"'{operand}' is no operand of {', '.join(map(str, readers))} any more")
-        result = self.insert(fn, [now, *map(self.current, also)], deltas)
+        result = self.insert(fn, [now, *map(self.current, also)], deltas, before=min(readers))
         for reader in readers:
             reader.replace_input_with(now, result)
             self._edges[reader, operand] = result

@@ -22,7 +22,7 @@ from surgeon.model import TaskModel
 from surgeon.module import copied
 from surgeon.pipeline import run_passes
 from surgeon.spec import read_spec
-from surgeon.trace import trace, vocabulary
+from surgeon.trace import text_inputs, trace, vocabulary
 from sweep.cases import Case, base
 from sweep.oracle import faults
 from sweep.shrinking import LADDER, Sizes
@@ -181,7 +181,7 @@ def feed(model: PreTrainedModel, batch: int, length: int, pad: int) -> dict[str,
     mask = torch.ones_like(ids)
     ids[0, length - pad :], mask[0, length - pad :] = model.config.pad_token_id or 0, 0
     given = {"input_ids": ids, "attention_mask": mask}
-    if model.config.is_encoder_decoder:
+    if any(i.name == "decoder_input_ids" for i in text_inputs(model)):
         given["decoder_input_ids"] = torch.randint(3, min(rows, 100), (batch, max(length - 3, 1)), generator=draw)
     return given
 

@@ -35,7 +35,8 @@ def open_columns(program: Program, sites: Sequence[Attention], prefix: Delta) ->
 
     def extend(reader: fx.Node, operand: fx.Node, columns: Columns) -> None:
         if (operand, columns) not in extended:
-            extended[operand, columns] = program.insert(_widened(*columns), [program.current(operand), live])
+            now = program.current(operand)
+            extended[operand, columns] = program.insert(_widened(*columns), [now, live], before=reader)
         reader.replace_input_with(operand, extended[operand, columns])
 
     for site in sites:
