@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from surgeon.registry import technique
 from sweep.cases import cases
-from sweep.chain import chain, reading
+from sweep.chain import TECHNIQUES, chain, reading
 from sweep.running import Limits, forget, results, run
 from sweep.table import page
 
@@ -34,6 +35,8 @@ def main() -> None:
         wanted = list({c.family: c for c in reversed(wanted)}.values())[::-1]
     if args.again:
         forget(args.out, wanted)
+    for name in TECHNIQUES:  # loaded once, before processes are forked
+        technique(name)
     work = reading if args.read else chain
     run(wanted, work, args.out, jobs=args.jobs, limits=Limits(args.seconds, args.gigabytes))
     if not args.read:

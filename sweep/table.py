@@ -46,7 +46,10 @@ def page(results: Sequence[Result], wanted: Sequence[Case]) -> str:
 
 
 def _counted(rows: Sequence[Result], wanted: Sequence[Case]) -> list[str]:
-    tried, green = {r["family"] for r in rows}, {r["family"] for r in rows if "cause" not in r}
+    tried, green = (
+        {r["family"] for r in rows},
+        {r["family"] for r in rows if r.get("export") == "ok" and "cause" not in r},
+    )
     families = {c.family for c in wanted}
     exact = {r["family"] for r in rows if r.get("faults") == []}
     steps = Counter(str(r["cause"]).partition(":")[0] for r in rows if "cause" in r)
