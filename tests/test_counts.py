@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from surgeon.counts import CASES, count_rows
 from surgeon.counts.bases import BASES
@@ -42,19 +45,18 @@ def test_a_number_agrees_rounded_or_cut_in_the_papers_unit() -> None:
 
 
 def test_numbers_of_a_small_base_are_its_papers() -> None:
-    rows = [row(case) for case in CASES if case.base == "BERT-base"]
-    assert all(found.reproduces and not found.extended for found in rows)
-    numbers = {found.configuration: found.counted for found in rows}
     wanted = {name: number for name, number in EXACT.items() if name.startswith("BERT-base")}
-    assert {name: numbers[name] for name in wanted} == wanted
+    cases = [case for case in CASES if f"{case.base}, {case.configuration}" in wanted]
+    rows = [row(case) for case in cases]
+    assert [found for found in rows if not found.reproduces] == []
+    assert {found.configuration: found.counted for found in rows} == wanted
 
 
-def test_a_deep_base_counted_on_two_layers_is_the_whole_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = next(c for c in CASES if c.configuration == "`prefix_tuning[flat]`, length 30" and c.base == "BERT-base")
-    whole = counted(case)
-    monkeypatch.setattr("surgeon.counts.bases.MOST_LAYERS", 2)
-    assert BASES[case.base].deep
-    assert counted(case) == whole
+def test_a_base_counted_on_two_layers_is_the_whole_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BASES, "BERT-base", replace(BASES["BERT-base"], depth=3))
+    case = next(case for case in CASES if case.base == "BERT-base" and case.techniques == ("adapter",))
+    whole, extended = counted(case, whole=True), counted(case)
+    assert (whole.trained, whole.base) == (extended.trained, extended.base)
 
 
 def test_every_case_names_a_base_and_its_own_place() -> None:
@@ -72,7 +74,28 @@ def test_every_configuration_counts_as_its_paper_prints() -> None:
 
 
 @pytest.mark.sweep
-def test_all_layers_of_deep_models_count_as_their_second() -> None:
+def test_all_layers_of_a_model_count_as_their_second() -> None:
     for case in CASES:
-        if BASES[case.base].deep and "T5" not in case.base and "T0" not in case.base:
-            assert counted(case, whole=True) == counted(case), case
+        if "T5" not in case.base and "T0" not in case.base:
+            whole, extended = counted(case, whole=True), counted(case)
+            assert (whole.trained, whole.base) == (extended.trained, extended.base), case
+
+
+def test_peft_builds_as_many() -> None:
+    """The numbers of the rows that name PEFT."""
+    from peft import AdaLoraConfig, PromptEncoder, PromptEncoderConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    found = []
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(
+            AutoConfig.for_model(**BASES["DeBERTaV3-base"].spec(12)["config"])
+        )
+        layers = r"deberta\.encoder\.layer\.\d+\..*(query_proj|key_proj|value_proj|dense)"
+        pruned = get_peft_model(model, AdaLoraConfig(init_r=12, target_modules=layers, total_step=100))
+        found.append(sum(p.numel() for p in pruned.parameters() if p.requires_grad))
+        sizes = {"num_virtual_tokens": 9, "token_dim": 768, "num_transformer_submodules": 1}
+        for kind, width in (("LSTM", 384), ("MLP", 768)):
+            config = PromptEncoderConfig(encoder_reparameterization_type=kind, encoder_hidden_size=width, **sizes)
+            found.append(sum(p.numel() for p in PromptEncoder(config).parameters()))
+    assert [f"{number:,}" for number in found] == [case.printed for case in CASES if case.paper.startswith("PEFT")]

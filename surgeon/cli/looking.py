@@ -107,7 +107,7 @@ def count(
     techniques: Annotated[
         list[str] | None, typer.Argument(metavar="[TECHNIQUE]...", help="Techniques to count; by default all.")
     ] = None,
-    whole: Annotated[bool, typer.Option("--whole", help="Compile every layer of deep models too; minutes.")] = False,
+    whole: Annotated[bool, typer.Option("--whole", help="Compile every layer of every model; many minutes.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the page of the docs.")] = False,
     json: Json = False,
 ) -> None:
@@ -125,9 +125,9 @@ def count(
         print(page(rows), end="")
     else:
         columns = ("paper", "configuration", "#printed", "#counted", "#of the base", "agrees")
-        shown = [(r.paper, r.configuration, r.printed, r.number, f"{r.share:.3%}", verdict(r)) for r in rows]
+        shown = [(r.paper, r.configuration, r.printed, f"{r.counted:,}", f"{r.share:.3%}", verdict(r)) for r in rows]
         table(columns, shown)
-        said = "; * counted on one and two layers of each stack" if any(row.extended for row in rows) else ""
+        said = "" if whole else "; counted on one and two layers of each stack"
         say(f"\n{sum(row.agrees for row in rows)} of {len(rows)} come out as printed{said}")
     if missed := [row for row in rows if not row.reproduces]:
         raise DataError(

@@ -13,9 +13,7 @@ _DEBERTA = {"model_type": "deberta-v2", "vocab_size": 128100}
 _XXL = {"hidden_size": 1536, "num_hidden_layers": 48, "num_attention_heads": 24, "intermediate_size": 6144}
 _GPT3 = {"hidden_size": 12288, "word_embed_proj_dim": 12288, "ffn_dim": 49152}
 _LLAMA = {"hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 11008, "vocab_size": 32000}
-
-MOST_LAYERS = 12
-"""Of a deeper model only one and two layers of each stack are compiled, unless all of them are asked for."""
+_LLAMA_13B = {**_LLAMA, "hidden_size": 5120, "num_attention_heads": 40, "intermediate_size": 13824}
 
 
 @dataclass(frozen=True)
@@ -26,11 +24,6 @@ class Model:
     depth: int
     keys: tuple[str, ...] = ("num_hidden_layers",)
     head: Literal["sequence-classification", "causal-lm", "seq2seq-lm"] = "sequence-classification"
-
-    @property
-    def deep(self) -> bool:
-        """Whether it is deep: counted on one and two layers, and the difference taken for each of the others."""
-        return self.depth * len(self.keys) > MOST_LAYERS
 
     def spec(self, depth: int) -> dict[str, Any]:
         """The `base` of a spec with so many layers in each stack."""
@@ -59,6 +52,7 @@ BASES: dict[str, Model] = {
     "GPT-2 large": _gpt2(1280, 36, 20),
     "GPT-3's shape": Model({"model_type": "opt", "num_attention_heads": 96, **_GPT3}, 96, head="causal-lm"),
     "LLaMA-7B": Model({"model_type": "llama", **_LLAMA}, 32, head="causal-lm"),
+    "LLaMA-13B": Model({"model_type": "llama", **_LLAMA_13B}, 40, head="causal-lm"),
     "BART-large": Model({"model_type": "bart"}, 12, ("encoder_layers", "decoder_layers"), "seq2seq-lm"),
     "T5-base": Model(
         {"model_type": "t5", "d_model": 768, "d_ff": 3072, "num_heads": 12, "vocab_size": 32128},

@@ -14,7 +14,7 @@ from torch import fx
 
 from surgeon.base import Base, open_base
 from surgeon.compiler import begin, passes
-from surgeon.counts.bases import BASES, MOST_LAYERS
+from surgeon.counts.bases import BASES
 from surgeon.counts.cases import CASES, Case, Count, Surgery
 from surgeon.errors import SpecError, did_you_mean
 from surgeon.ledger import symbols
@@ -32,7 +32,7 @@ class Row:
     """A number that a paper prints, and what is counted for it.
 
     `agrees` says whether it is the same in the paper's unit, rounded or cut after its last digit; `reason` why not,
-    where that is known. `extended` rows were counted on one and two layers of each stack and extended to all.
+    where that is known.
     """
 
     paper: str
@@ -43,12 +43,6 @@ class Row:
     share: float
     agrees: bool
     reason: str
-    extended: bool
-
-    @property
-    def number(self) -> str:
-        """What was counted, for people."""
-        return f"{self.counted:,}{'*' if self.extended else ''}"
 
     @property
     def reproduces(self) -> bool:
@@ -61,7 +55,8 @@ def count_rows(
 ) -> Iterator[Row]:
     """Count the cases that use any of these techniques, by default all; `report` is told each model.
 
-    `whole` compiles every layer of every model. Raises SpecError for a technique of which no number is known.
+    Of each stack one and two layers are compiled, and every other one counts as the second; `whole` compiles them all,
+    for minutes. Raises SpecError for a technique of which no number is known.
     """
     known = sorted({name for case in CASES for name in case.techniques})
     for name in techniques:
@@ -90,14 +85,13 @@ def row(case: Case, *, whole: bool = False) -> Row:
         share=share,
         agrees=agreement(case.printed, number, share),
         reason=case.reason,
-        extended=BASES[case.base].deep and not whole,
     )
 
 
 def counted(case: Case, *, whole: bool = False) -> Count:
-    """The tensors of a task at the sizes of the case. A layer of a deep model counts as its second one does."""
+    """The tensors of a task at the sizes of the case. Unless `whole`, a layer counts as its second does."""
     model = BASES[case.base]
-    if whole or not model.deep:
+    if whole:
         return _count(case.base, model.depth, case.surgery, case.sizes)
     one, two = (_count(case.base, depth, case.surgery, case.sizes) for depth in (1, 2))
     parts = set(one.parts) | set(two.parts)
@@ -122,7 +116,8 @@ def _count(base: str, depth: int, surgery: Surgery, sizes: tuple[tuple[str, int]
         if not start.frozen:
             parts[part] = parts.get(part, 0) + prod(start.shape)
     parameters = dict(program.graph_module.named_parameters())
-    return Count(parts, sum(parameters[name].numel() for name in program.frozen if name in parameters))
+    plain = sum(parameters[name].numel() for name in program.frozen if name in parameters)
+    return Count(parts, plain + sum(prod(entry.shape) for entry in program.stored.values()))
 
 
 @cache
@@ -160,7 +155,7 @@ def page(rows: Collection[Row]) -> str:
     """`docs/counts.md`."""
     lines = ["| paper | configuration | printed | counted | of the base | agrees |", "|---|---|---:|---:|---:|---|"]
     lines += [
-        f"| {r.paper} | {r.configuration} | {r.printed} | {r.number} | {r.share:.3%} | {verdict(r, bold=True)} |"
+        f"| {r.paper} | {r.configuration} | {r.printed} | {r.counted:,} | {r.share:.3%} | {verdict(r, bold=True)} |"
         for r in rows
     ]
     missed = [r for r in rows if not r.agrees]
@@ -168,9 +163,9 @@ def page(rows: Collection[Row]) -> str:
         "# Parameter counts\n\nWritten by `make counts`, which is `surgeon count --markdown`: the papers' own "
         "configurations, compiled on the meta device without weights and counted from the ledger, beside what the "
         f"papers print. {len(rows) - len(missed)} of {len(rows)} agree, rounded as printed; the others say why not.\n\n"
-        "Sizes that are free per task (ranks, widths, lengths) are set on one compiled graph. "
-        f"* of models with more than {MOST_LAYERS} layers one and two of each stack were compiled, and every other "
-        "layer counts as the second; `--whole` compiles them all.\n"
+        "Sizes that are free per task (ranks, widths, lengths) are set on one compiled graph. One and two layers of "
+        "each stack are compiled, and every other layer counts as the second; `--whole` compiles them all, to the same "
+        "numbers. A row that names a library is no paper's: the paper prints no number, and the library's is counted.\n"
     )
     return f"{head}\n" + "\n".join(lines) + "\n"
 
