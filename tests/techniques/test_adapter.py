@@ -23,7 +23,7 @@ def mlp(own, site, act, scale=1.0):
     return lambda z: scale * (act(z @ down + down_bias) @ up + up_bias)
 
 
-def houlsby(theirs, own, kind):
+def houlsby(lab, theirs, own, kind):
     """branch + f(branch) after both sublayers, before the residual: section 2.1 and figure 2."""
     block, leaves = LAST_LINEARS[kind]
     for i in range(2):
@@ -33,22 +33,15 @@ def houlsby(theirs, own, kind):
             theirs.get_submodule(site).register_forward_hook(lambda _m, _i, h, f=f: h + f(h))
 
 
-def pfeiffer(theirs, own, kind):
+def pfeiffer(lab, theirs, own, kind):
     """Post-norm: LN(f(LN(h + x)) + h + x), one norm used twice. Pre-norm: join + f(join)."""
     block, (_, leaf) = LAST_LINEARS[kind]
     for i in range(2):
         layer = theirs.get_submodule(block.format(i))
-        f = mlp(own, f"{block.format(i)}.{leaf}", relu)
-        if kind == "bert":
-            out = layer.output
-            out.forward = lambda h, x, out=out, f=f: out.LayerNorm(
-                f(out.LayerNorm(out.dense(h) + x)) + out.dense(h) + x
-            )
-        else:
-            layer.register_forward_hook(lambda _m, _i, x, f=f: x + f(x))
+        lab.behind(layer, mlp(own, f"{block.format(i)}.{leaf}", relu))
 
 
-def parallel(theirs, own, kind):
+def parallel(lab, theirs, own, kind):
     """branch + s·f(entry) with s = 4 and the feed-forward's direct input as entry: He et al., sections 3.3 and 4.5."""
     block, (_, leaf) = LAST_LINEARS[kind]
     for i in range(2):
@@ -73,7 +66,7 @@ def test_an_adapter_is_the_papers_equation(placement, kind, lab):
     ours = lab.move(lab.operate(model, {"adapter": options}).model("a"))
     own = {n: t.detach().clone().requires_grad_() for n, t in ours.state_dict().items()}
     theirs = lab.apart(model)
-    write(theirs, own, kind)
+    write(lab, theirs, own, kind)
     fed = lab.batch(model)
     found, wanted = ours(**fed), theirs(**fed)
     assert lab.gap(model(**fed).logits, wanted.logits) > 1e-2
@@ -97,7 +90,7 @@ def test_houlsbys_recipe_trains_every_norm_from_the_bases_values(kind, lab):
     theirs = lab.apart(model)
     theirs.load_state_dict({n: t.detach() for n, t in trained.items()}, strict=False)
     own = {n: t.detach().clone().requires_grad_() for n, t in ours.state_dict().items()}
-    houlsby(theirs, own, kind)
+    houlsby(lab, theirs, own, kind)
     ours_out, theirs_out = ours(**lab.batch(model)), theirs(**lab.batch(model))
     assert lab.gap(ours_out.logits, theirs_out.logits) <= 1e-6
     ours_out.loss.backward()
@@ -114,7 +107,7 @@ def test_twenty_steps_of_an_adapter_are_those_of_the_papers_equation(placement, 
     ours = lab.operate(model, {"adapter": options}).model("a")
     own = {n: t.detach().clone().requires_grad_() for n, t in ours.state_dict().items()}
     theirs = lab.apart(model)
-    write(theirs, own, "bert")
+    write(lab, theirs, own, "bert")
     lab.train(ours, model, lab.own(ours).values())
     lab.train(theirs, model, own.values())
     assert lab.gap(ours.state_dict(), own) <= 1e-5
