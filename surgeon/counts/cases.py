@@ -113,8 +113,8 @@ def _lora_kin() -> Iterator[Case]:
     """AdaLoRA, DoRA, VeRA and QLoRA, and the LoRA that their papers compare with."""
     six = "all six matrices of a layer, rank {}"
     for rank, printed in ((8, "1.33M"), (2, "0.33M")):
-        lora = _one("lora", where=SIX)
-        yield Case(f"{ADALORA}, table 1, its LoRA", "DeBERTaV3-base", six.format(rank), lora, printed, "", _rank(rank))
+        plain = _one("lora", where=SIX)
+        yield Case(f"{ADALORA}, table 1, its LoRA", "DeBERTaV3-base", six.format(rank), plain, printed, "", _rank(rank))
     for rank, printed, low, high in ((8, "1.27M", "0.88M", "1.55M"), (2, "0.32M", "0.22M", "0.39M")):
         reason = (
             f"the paper counts what survived of {72 * rank} triplets, of 1,536 numbers in attention's and 3,840 in the "
@@ -126,6 +126,7 @@ def _lora_kin() -> Iterator[Case]:
 
     five = {"where": ("attention.query", "attention.key", "attention.value", "ffn.up", "ffn.down")}
     what = "queries, keys, values, up and down, rank {}"
+    options: dict[str, Any]
     for base, lora, dora in (("LLaMA-7B", "0.83 %", "0.84 %"), ("LLaMA-13B", "0.67 %", "0.68 %")):
         for name, options, printed in ((", its LoRA", {}, lora), ("", {"dora": True}, dora)):
             surgery = _one("lora", **five, **options)
