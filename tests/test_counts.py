@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -87,7 +88,8 @@ def test_peft_builds_as_many() -> None:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     found = []
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own, of what transformers will drop
         model = AutoModelForSequenceClassification.from_config(
             AutoConfig.for_model(**BASES["DeBERTaV3-base"].spec(12)["config"])
         )
