@@ -36,7 +36,7 @@ SURGERY: dict[str, list[dict[str, Any]]] = {
 WIDE: dict[str, list[dict[str, Any]]] = {
     "llama": [{"ia3": {}}, {"vera": {}}, {"p_tuning": {"template": "[P]*3 {text}"}}, {"prefix": {"length": 2}}],
     "gpt2": [{"lora": {"rank": 4}}, {"compacter": {"divisions": 2, "bottleneck": 4}}, {"prefix": {"shift": False}}],
-    "qwen3": [{"lora": {"rank": 2, "dora": True}}, {"norm_tuning": {}}, {"prompt": {"place": "after"}}],
+    "qwen3": [{"lora": {"rank": 2, "dora": True}}, {"norm_tuning": {}}, {"prompt": {}}],
     "gemma2": [{"adapter": {"bottleneck": 4}}, {"prefix": {"length": 3}}, {"prompt": {"length": 3}}],
     "opt": [{"lora": {"rank": 4}}, {"prefix": {"length": 3}}],
     "gpt_neox": [{"lora": {"rank": 4}}, {"adapter": {"bottleneck": 4}}],
