@@ -15,10 +15,9 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from surgeon.base import Base
-from surgeon.base.loading import quiet
+from surgeon.base import Base, write_base
 from surgeon.base.talking import chat_template
-from surgeon.errors import BuildError
+from surgeon.errors import BuildError, DeltaError
 from surgeon.exporters.cache import export_cached
 from surgeon.exporters.genai import GENAI, genai_config, not_carried
 from surgeon.exporters.versions import tool_version, tool_versions
@@ -33,7 +32,7 @@ from surgeon.trace import vocabulary
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 BASE = "base"
-"""Folder of a build made from a model in hand, which no path could find again."""
+"""Folder of a build made from a model in hand, or of one whose base was trained: no path could find it again."""
 
 
 def check_writable(out: Path) -> None:
@@ -115,8 +114,7 @@ def write_build(contents: Contents, out: Path, report: Callable[[str], None]) ->
             _write_generation(contents, contents.generation, folder, report)
         if spec.base is None:
             report("writing the base in hand")
-            with quiet():
-                base.model.save_pretrained(folder / BASE)
+            write_base(base, folder / BASE)
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         document = _document(contents, facts) | {
             "files": {str(p.relative_to(folder)): {"sha256": hash_file(p), "bytes": p.stat().st_size} for p in files},
@@ -146,13 +144,24 @@ def _write_generation(
         shutil.copyfile(said, folder / TOKENIZER_CONFIG)
 
 
-def pack_task(build: Path, task: str, model: TaskModel, fingerprint: str) -> None:
-    """Put the weights of `model` into an existing build: new files first, then the manifest, by rename."""
+def pack_tasks(build: Path, models: Mapping[str, TaskModel], fingerprint: str) -> None:
+    """Put the weights of `models` into an existing build: new files first, then the manifest, by rename.
+
+    Raises DeltaError for a build over another base.
+    """
     manifest = read_manifest(build)
+    if manifest.base.fingerprint != fingerprint:
+        raise DeltaError(
+            "the weights were trained on another base than the build's",
+            where=str(build),
+            there_is=f"their base: {fingerprint[:16]}; the build's: {manifest.base.fingerprint[:16]}",
+            try_="save what was compiled as a build of its own",
+        )
     document = json.loads((build / MANIFEST).read_text(encoding="utf-8"))
     before = set((build / "tasks").glob("*"))
     try:
-        document["tasks"][task] = _write_task(build, task, model, fingerprint)
+        for task, model in models.items():
+            document["tasks"][task] = _write_task(build, task, model, fingerprint)
         _write_manifest(build, document)
     except BaseException as error:
         for path in set((build / "tasks").glob("*")) - before:
@@ -160,10 +169,10 @@ def pack_task(build: Path, task: str, model: TaskModel, fingerprint: str) -> Non
         if isinstance(error, OSError | SafetensorError):
             raise BuildError(f"the task could not be written: {_reason(error)}", where=str(build)) from error
         raise
-    old = manifest.tasks.get(task)
-    fresh = {document["tasks"][task][kind] for kind in ("adapter", "weights")}
-    for name in {old.adapter, old.weights} - fresh if old else ():
-        (build / name).unlink(missing_ok=True)
+    for task in models.keys() & manifest.tasks.keys():
+        old, entry = manifest.tasks[task], document["tasks"][task]
+        for name in {old.adapter, old.weights} - {entry["adapter"], entry["weights"]}:
+            (build / name).unlink(missing_ok=True)
 
 
 def _write_task(folder: Path, task: str, model: TaskModel, fingerprint: str) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,7 +11,7 @@ from torch import fx
 
 from surgeon.anatomy import find
 from surgeon.base import Base, load_base, open_base
-from surgeon.build import BASE, Contents, check_writable, pack_task, write_build
+from surgeon.build import BASE, Contents, check_writable, pack_tasks, write_build
 from surgeon.errors import BuildError, DeltaError, InvariantError, SpecError, did_you_mean
 from surgeon.exporters.quantise import check_weights
 from surgeon.ledger import Delta, symbols
@@ -97,9 +97,34 @@ class Compiled:
             Contents(self.spec, self.base, self.served or self.program, models), Path(out), progress or _silent
         )
 
-    def pack(self, build: str | Path, task: str) -> None:
-        """Put the present weights of `task` into an existing build; the others stay as they are."""
-        pack_task(Path(build), task, self.model(task), self.program.fingerprint)
+    def pack(self, build: str | Path, *tasks: str) -> None:
+        """Put the present weights of `tasks` into an existing build, all at once; the others stay as they are.
+
+        Raises DeltaError for a build over another base.
+        """
+        pack_tasks(Path(build), {task: self.model(task) for task in tasks}, self.program.fingerprint)
+
+    def renew(self, tasks: Iterable[str]) -> None:
+        """Take the base as its weights are now, after they were trained: another base, which `save` writes too.
+
+        The surgery is done anew, for what reads the base then reads the new one. Of the tasks only those named are
+        left, those that were trained with it; `model` gives new modules.
+        """
+        trained = {task: self.model(task).state_dict() for task in self.spec.tasks if task in set(tasks)}
+        kept = {task: self.spec.tasks[task] for task in trained}
+        spec = self.spec.model_copy(update={"base": None, "tasks": kept})
+        steps = [step.reopened() for step in passes(spec)]
+        model = self.base.model
+        if len({t.device for t in (*model.parameters(), *model.buffers())}) > 1:  # training moved what the graph reads
+            model.cpu()
+        again = _operate(spec, model, steps, weights=True, report=_silent)
+        source = f"{self.base.source}, trained further"
+        self.spec, self.base = spec, replace(again.base, source=source)
+        self.program, self.served = again.program, again.served
+        self._models = {}
+        self.__post_init__()
+        for task, tensors in trained.items():
+            self.model(task).load_state_dict(tensors)
 
 
 def compile(

@@ -197,6 +197,11 @@ class TaskModel(nn.Module):
                 groups.setdefault(start.rate, []).append(parameter)
         return [{"params": params, "lr": learning_rate * rate} for rate, params in groups.items()]
 
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """The base's parameters that the graph reads, by checkpoint name: the same ones in the model of every task."""
+        own = self.ledger.deltas.keys() | self._trained.keys()
+        return {name: parameter for name, parameter in self.named_parameters() if name not in own}
+
     def _complete(self, given: dict[str, Tensor], labels: Tensor | None) -> dict[str, Tensor]:
         names = [i.name for i in self.inputs]
         if unknown := set(given) - set(names):

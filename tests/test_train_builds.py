@@ -25,8 +25,8 @@ def test_a_run_stopped_after_its_outcome_was_packed_does_not_stand_in_the_way(
     with monkeypatch.context() as patch:
         patch.setattr(builds, "clear_checkpoints", killed)
         with pytest.raises(KeyboardInterrupt):
-            builds.train_build(build, "a", data, options=options)
+            builds.train_build(build, {"a": builds.Files(data)}, options=options)
     assert list((build / builds.CHECKPOINTS / "a").iterdir()), "its checkpoint is still there"
-    result = builds.train_build(build, "a", data, options=options)
+    result = builds.train_build(build, {"a": builds.Files(data)}, options=options)
     assert result.resumed_from is None
     assert not (build / builds.CHECKPOINTS).exists()

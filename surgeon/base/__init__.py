@@ -6,5 +6,6 @@ folder runs unless the spec says so.
 
 from surgeon.base.fingerprint import fingerprint
 from surgeon.base.opening import Base, load_base, open_base
+from surgeon.base.writing import write_base
 
-__all__ = ["Base", "fingerprint", "load_base", "open_base"]
+__all__ = ["Base", "fingerprint", "load_base", "open_base", "write_base"]

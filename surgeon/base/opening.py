@@ -111,7 +111,7 @@ def _described(
         tokenizer_path=path,
     )
     if scratch:
-        weakref.finalize(base, shutil.rmtree, scratch, ignore_errors=True)
+        weakref.finalize(model, shutil.rmtree, scratch, ignore_errors=True)
     return base
 
 

@@ -1,27 +1,32 @@
-"""The command that trains a task of a build."""
+"""The command that trains tasks of a build."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from surgeon.cli.building import Build, Task
+from surgeon.cli.building import Build
 from surgeon.cli.screen import Json, Steps, emit, note, say, steps, table
 
 if TYPE_CHECKING:
     from surgeon.train import Progress
+    from surgeon.train.builds import Files
 
 
 def train(
     build: Build,
-    task: Task,
-    data: Annotated[Path, typer.Option("--data", help="Rows to train on: .csv, .tsv or .jsonl.")],
+    task: Annotated[
+        list[str], typer.Option("--task", "-t", help="The task, as the spec names it; several are trained together.")
+    ],
+    data: Annotated[list[Path], typer.Option("--data", help="Rows to train on, for each task: .csv, .tsv or .jsonl.")],
     *,
-    validation: Annotated[Path | None, typer.Option("--validation", help="Rows to choose the best epoch by.")] = None,
+    validation: Annotated[
+        list[Path] | None, typer.Option("--validation", help="Rows to choose the best epoch by, for each task.")
+    ] = None,
     hold_out: Annotated[
         float | None, typer.Option("--hold-out", help="Validate with this share of the rows instead, as 0.1.")
     ] = None,
@@ -33,6 +38,19 @@ def train(
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the rows. [3]")] = None,
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", "--lr", help="Highest learning rate. [0.001]")
+    ] = None,
+    train_base: Annotated[
+        Path | None,
+        typer.Option(
+            "--train-base", help="Train the base's own weights too; a build over the new base is written here."
+        ),
+    ] = None,
+    base_learning_rate: Annotated[
+        float | None, typer.Option("--base-learning-rate", help="That of the base's own weights. [0.0001]")
+    ] = None,
+    sampling: Annotated[
+        float | None,
+        typer.Option("--sampling", help="Several tasks: 1 draws them by their size, 0 all alike, or between. [1]"),
     ] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Rows at a time. [32]")] = None,
     max_length: Annotated[
@@ -70,13 +88,17 @@ def train(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Train a task of a build on the rows of a file, and pack the best epoch's weights into the build.
+    """Train tasks of a build on the rows of files, and pack the best epoch's weights into the build.
 
     The base's head says what a row is: `text` and `label`; `tokens` and `labels`; `question`, `context` and `answer`;
     `prompt` and `completion`, or `messages`, for models that write text, of which only the answers are learned.
 
     The base stays frozen and the other tasks as they are. A run that was stopped goes on when the same command is run
-    again; one that finished is trained further.
+    again; one that finished is trained further. Several tasks are trained together by `--task` and `--data` once for
+    each, in the same order; the best epoch is the one of their best mean.
+
+    `--train-base OUT` trains the base's weights with them (Multi-Task Adapters): the build stays as it is, and `OUT` is
+    one of the trained tasks over the new base, which `OUT/base` holds for other specs.
 
     Example: `surgeon train build --task sentiment --data train.csv --validation validation.csv --epochs 5`
     """
@@ -84,13 +106,20 @@ def train(
     from surgeon.train.builds import read_options, train_build
     from surgeon.train.processes import processes
 
+    files = _files(task, data, validation, hold_out)
     if validation is not None and hold_out is not None:
         raise SpecError("--validation and --hold-out exclude each other", where="surgeon train")
     if hold_out is not None and not 0 < hold_out < 1:
         raise SpecError(f"--hold-out must be a share between 0 and 1, got {hold_out}", where="surgeon train")
+    if base_learning_rate is not None and train_base is None:
+        raise SpecError(
+            "--base-learning-rate is for --train-base OUT; else the base stays frozen", where="surgeon train"
+        )
     given = {
         "epochs": epochs,
         "learning_rate": learning_rate,
+        "base_learning_rate": base_learning_rate,
+        "sampling": sampling,
         "batch_size": batch_size,
         "max_length": max_length,
         "weight_decay": weight_decay,
@@ -110,11 +139,10 @@ def train(
     with steps(silent=json) as report:
         result = train_build(
             build,
-            task,
-            data,
-            validation=validation or hold_out,
+            files,
             columns=_columns(column or [], text=text_column, label=label_column),
             fresh=fresh,
+            train_base=train_base,
             options=options,
             progress=_bar(report) if report else None,
             report=report,
@@ -122,19 +150,47 @@ def train(
     if not processes().leads:
         return
     if json:
-        emit({"build": str(build), "task": task, **asdict(result)})
+        emit({"build": str(train_base or build), "tasks": task, **asdict(result)})
         return
     if result.resumed_from:
         note(f"went on from step {result.resumed_from}")
     if result.cut:
         note(f"rows cut to what is kept of them (--max-length): {result.cut}")
+    several = task if len(task) > 1 and result.best_accuracy is not None else []
     table(
-        ("#epoch", "#loss", "#validation loss", "#accuracy", "#exact match"),
-        [(e.epoch, e.loss, e.validation_loss, e.accuracy, e.exact_match) for e in result.history],
+        ("#epoch", "#loss", "#validation loss", "#accuracy", "#exact match", *(f"#{name}" for name in several)),
+        [
+            (e.epoch, e.loss, e.validation_loss, e.accuracy, e.exact_match, *(e.accuracies[name] for name in several))
+            for e in result.history
+        ],
     )
     accuracy = "" if result.best_accuracy is None else f", accuracy {result.best_accuracy:.3f}"
     loss = "" if result.best_loss is None else f", validation loss {result.best_loss:.3f}"
-    say(f"\npacked '{task}' into {build}: epoch {result.best_epoch}{accuracy}{loss}")
+    packed = ", ".join(f"'{name}'" for name in task)
+    say(f"\npacked {packed} into {train_base or build}: epoch {result.best_epoch}{accuracy}{loss}")
+    if train_base is not None:
+        say(f"the new base is {train_base / 'base'}")
+
+
+def _files(
+    tasks: list[str], data: list[Path], validation: list[Path] | None, hold_out: float | None
+) -> dict[str, Files]:
+    """The files of each task. Raises SpecError unless every task is named once and has its own."""
+    from surgeon.errors import SpecError
+    from surgeon.train.builds import Files
+
+    if twice := sorted({name for name in tasks if tasks.count(name) > 1}):
+        raise SpecError(f"--task names {', '.join(twice)} twice", where="surgeon train")
+    for option, paths in (("--data", data), ("--validation", validation)):
+        if paths and len(paths) != len(tasks):
+            raise SpecError(
+                f"{option} is given {len(paths)} times, and there are {len(tasks)} tasks",
+                where="surgeon train",
+                there_is=tasks,
+                try_=f"{option} once for each task, in the order of --task",
+            )
+    held: Sequence[Path | float | None] = validation or [hold_out] * len(tasks)
+    return {name: Files(path, share) for name, path, share in zip(tasks, data, held, strict=True)}
 
 
 def _columns(given: list[str], **others: str | None) -> dict[str, str]:

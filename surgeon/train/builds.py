@@ -1,16 +1,18 @@
-"""Training a task of a build: from a data file to packed weights, and on from where a killed run was."""
+"""Training tasks of a build: from data files to packed weights, and on from where a killed run was."""
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
 
+from surgeon.build import check_writable
 from surgeon.compiler import load
 from surgeon.errors import SpecError, did_you_mean
 from surgeon.ledger import initial
@@ -18,71 +20,86 @@ from surgeon.model import TaskModel
 from surgeon.runtime.manifest import read_manifest
 from surgeon.train.batches import load_tokenizer
 from surgeon.train.checkpoint import clear_checkpoints, newest_checkpoint
+from surgeon.train.joint import Joint
 from surgeon.train.kinds import Kind, kind, kind_of, takes_labels
-from surgeon.train.loop import ProgressCallback, train_task
+from surgeon.train.loop import ProgressCallback, train_tasks
 from surgeon.train.options import TrainOptions
 from surgeon.train.processes import processes
-from surgeon.train.rows import hold_out, known_labels
+from surgeon.train.rows import TaskRows, hold_out, known_labels
 from surgeon.train.run import TrainResult
 
 CHECKPOINTS = ".training"
+LONGEST_NAME = 200
+
+
+class Files(NamedTuple):
+    """The data of one task: a file to train on, and one to validate with, or the share of the rows to hold out."""
+
+    data: str | Path
+    validation: str | Path | float | None = None
 
 
 def train_build(
     build: str | Path,
-    task: str,
-    data: str | Path,
+    files: Mapping[str, Files],
     *,
-    validation: str | Path | float | None = None,
     columns: Mapping[str, str] = MappingProxyType({}),
     fresh: bool = False,
+    train_base: str | Path | None = None,
     options: TrainOptions | None = None,
     progress: ProgressCallback | None = None,
     report: Callable[[str], None] | None = None,
 ) -> TrainResult:
-    """Train `task` on the rows of a file, from the weights packed last, and pack what came out.
+    """Train the tasks that `files` names, from the weights packed last, and pack what came out.
 
-    `validation` is a file or a share of the rows; `columns` gives other names for those of the file. A run that was
-    stopped goes on when called again with the same data and options; `fresh` forgets it, and the packed weights too,
-    but for frozen ones. The build changes only at the end, at once.
+    `columns` gives other names for those of the files. A run that was stopped goes on when called again with the same
+    data and options; `fresh` forgets it, and the packed weights too, but for frozen ones. The build changes only at
+    the end, at once. With `train_base` the base's own weights are trained too: then the build stays as it was, and one
+    of these tasks over the new base is written there, the base itself in its folder `base`.
 
     Where `accelerate launch` or `torchrun` has started several processes, all of them call this: each takes a share of
     every batch, and the first writes.
     """
     team = processes()
     build, say = Path(build), (report if team.leads else None) or (lambda _: None)
-    folder = build / CHECKPOINTS / task
-    sources = (data, validation, columns)
-    known = _kind(build, task)
-    early = None if known is None else _rows(known, *sources)  # a mistake in the data shows before the base is read
+    tasks = sorted(files)
+    folder = build / CHECKPOINTS / _folder_name(tasks)
+    if train_base is not None:
+        check_writable(Path(train_base))
+    known = {task: _kind(build, task) for task in tasks}
+    # A mistake in the data shows before the base is read.
+    early = {task: _rows(of, files[task], columns) for task, of in known.items() if of is not None}
     compiled = load(build, progress=say)
-    model = compiled.model(task)
+    models = {task: compiled.model(task) for task in tasks}
     if team.device is not None:
-        model.to(team.device)
-    rows, held = early or _rows(kind_of(model), *sources)
-    if team.leads and (fresh or _packed_already(folder, model)):
+        for model in models.values():
+            model.to(team.device)
+    rows = {task: early.get(task) or _rows(kind_of(model), files[task], columns) for task, model in models.items()}
+    if team.leads and (fresh or (train_base is None and _packed_already(folder, models))):
         clear_checkpoints(folder)
     team.wait()
     if fresh:
-        sizes = {"labels": model.config.num_labels}
-        frozen = {name: t for name, t in model.state_dict().items() if not model.get_parameter(name).requires_grad}
-        model.load_state_dict(initial(model.ledger, f"{compiled.spec.seed}/{task}", sizes, model.names) | frozen)
+        for task, model in models.items():
+            _start_over(model, f"{compiled.spec.seed}/{task}")
     base = compiled.base.tokenizer_path
     tokenizer = load_tokenizer(build, compiled.base.max_length, base and base.parent)
     say("training")
-    result = train_task(
-        model,
-        tokenizer,
+    result = train_tasks(
+        compiled,
         rows,
-        held,
+        tokenizer,
         options or TrainOptions(),
+        train_base=train_base is not None,
         checkpoint_dir=folder,
         progress=progress if team.leads else None,
         processes=team,
     )
     if team.leads:
-        say(f"packing {task}")
-        compiled.pack(build, task)
+        if train_base is None:
+            say(f"packing {', '.join(tasks)}")
+            compiled.pack(build, *tasks)
+        else:
+            compiled.save(train_base, progress=say)
         clear_checkpoints(folder)
         if folder.parent.is_dir() and not any(folder.parent.iterdir()):
             shutil.rmtree(folder.parent)
@@ -90,11 +107,24 @@ def train_build(
     return result
 
 
-def _packed_already(folder: Path, model: TaskModel) -> bool:
+def _folder_name(tasks: Sequence[str]) -> str:
+    """A name for the checkpoints of a run; no task has a `+` in its own."""
+    name = "+".join(tasks)
+    return name if len(name) <= LONGEST_NAME else f"+{hashlib.sha256(name.encode()).hexdigest()}"
+
+
+def _start_over(model: TaskModel, seed: str) -> None:
+    """Draw what is trained anew."""
+    sizes = {"labels": model.config.num_labels}
+    frozen = {name: t for name, t in model.state_dict().items() if not model.get_parameter(name).requires_grad}
+    model.load_state_dict(initial(model.ledger, seed, sizes, model.names) | frozen)
+
+
+def _packed_already(folder: Path, models: Mapping[str, TaskModel]) -> bool:
     """Whether the run that left a checkpoint was stopped after its outcome had been packed."""
     found = newest_checkpoint(folder)
-    own = model.state_dict()
     best = {} if found is None else found.under("best")
+    own = {} if found is None else Joint(models).tensors()
     return bool(best) and best.keys() == own.keys() and all(torch.equal(best[n], t.cpu()) for n, t in own.items())
 
 
@@ -112,14 +142,12 @@ def _kind(build: Path, task: str) -> Kind[Any] | None:
     return None if names is None else kind(head, known_labels(names))
 
 
-def _rows(
-    of: Kind[Any], data: str | Path, validation: str | Path | float | None, columns: Mapping[str, str]
-) -> tuple[list[Any], list[Any] | None]:
+def _rows(of: Kind[Any], files: Files, columns: Mapping[str, str]) -> TaskRows:
     """Rows to train on, and those to validate with."""
-    rows = of.read(data, columns)
+    rows, validation = of.read(files.data, columns), files.validation
     if isinstance(validation, float):
-        return hold_out(rows, validation)
-    return rows, None if validation is None else of.read(validation, columns)
+        return TaskRows(*hold_out(rows, validation))
+    return TaskRows(rows, None if validation is None else of.read(validation, columns))
 
 
 def read_options(given: Mapping[str, Any]) -> TrainOptions:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,27 +13,23 @@ import torch
 from surgeon.errors import DataError
 from surgeon.train.options import TrainOptions
 from surgeon.train.processes import Processes
+from surgeon.train.rows import TaskRows
 
 if TYPE_CHECKING:
-    from surgeon.model import TaskModel
+    from surgeon.train.joint import Joint
 
 INDIFFERENT = {"threads", "checkpoint_steps", "gradient_checkpointing"}
 
 
-def identify(
-    model: TaskModel,
-    train_rows: Sequence[Any],
-    validation_rows: Sequence[Any] | None,
-    options: TrainOptions,
-    processes: Processes,
-) -> dict[str, Any]:
-    """The options that change the outcome, and hashes of the rows and of the model before its first step."""
+def identify(joint: Joint, rows: Mapping[str, TaskRows], options: TrainOptions, processes: Processes) -> dict[str, Any]:
+    """The options that change the outcome, and hashes of the rows and of the models before their first step."""
     return {
         **options.model_dump(mode="json", exclude=INDIFFERENT),
         "processes": processes.count,
-        "training rows": _hash_rows(train_rows),
-        "validation rows": _hash_rows(validation_rows or ()),
-        "base and first weights": _hash_tensors(model),
+        "train_base": bool(joint.base),
+        **{f"training rows of {task}": _hash_rows(rows[task].training) for task in joint.models},
+        **{f"validation rows of {task}": _hash_rows(rows[task].validation or ()) for task in joint.models},
+        "base and first weights": _hash_tensors(joint),
     }
 
 
@@ -61,9 +57,10 @@ def _hash_rows(rows: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _hash_tensors(model: TaskModel) -> str:
+def _hash_tensors(joint: Joint) -> str:
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}\n".encode())
-        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    tensors = joint.tensors() | {f"base/{name}": tensor for name, tensor in joint.any.base_parameters().items()}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,28 +1,31 @@
-"""Training of one task from end to end: the deltas of a task's model in, the best epoch's deltas out."""
+"""Training from end to end: the deltas of a task, or of several, in; the best epoch's out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgeon.errors import SpecError
+from surgeon.errors import CompositionError, SpecError
 from surgeon.train.batches import encode
 from surgeon.train.checkpoint import clear_checkpoints, newest_checkpoint, write_checkpoint
 from surgeon.train.evaluation import check_rows
 from surgeon.train.identity import identify
+from surgeon.train.joint import Joint
 from surgeon.train.kinds import kind_of
 from surgeon.train.options import TrainOptions
 from surgeon.train.processes import ALONE, Processes
-from surgeon.train.run import Data, DivergedError, Progress, Run, StepCallback, TrainResult, copy_weights, cuda_devices
+from surgeon.train.rows import TaskRows
+from surgeon.train.run import Data, DivergedError, Progress, Run, StepCallback, TrainResult, cuda_devices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from surgeon.compiler import Compiled
     from surgeon.model import TaskModel
 
 ProgressCallback = Callable[[Progress], None]
@@ -48,44 +51,117 @@ def train_task(
     leaves the model as it was, and its last checkpoint; one that does leaves a checkpoint that says so, which
     `clear_checkpoints` removes. Raises DivergedError where a loss is not finite: then no checkpoint is left.
     """
-    kind = kind_of(model)
-    check_rows(kind, train_rows)
-    kind.check(validation_rows or ())
-    if options.patience is not None and not validation_rows:
-        raise SpecError("`patience` waits for a better epoch, and there are no rows to validate with")
-    length = options.max_length or kind.max_length
-    options = options.model_copy(update={"max_length": length})
-    with _threads(options.threads), torch.random.fork_rng(cuda_devices(model)):
-        torch.manual_seed(options.seed + processes.rank)
-        data = Data(
-            kind,
-            encode(model, tokenizer, train_rows, length),
-            encode(model, tokenizer, validation_rows, length) if validation_rows else [],
-            kind.padding(model, tokenizer),
-            options.packing,
+    rows = {"task": TaskRows(train_rows, validation_rows)}
+    with _run(Joint({"task": model}), rows, tokenizer, options, processes) as run:
+        return _train(run, checkpoint_dir, progress, callbacks)
+
+
+def train_tasks(
+    compiled: Compiled,
+    rows: Mapping[str, TaskRows],
+    tokenizer: PreTrainedTokenizerBase,
+    options: TrainOptions,
+    *,
+    train_base: bool = False,
+    checkpoint_dir: Path | None = None,
+    progress: ProgressCallback | None = None,
+    callbacks: Sequence[StepCallback] = (),
+    processes: Processes = ALONE,
+) -> TrainResult:
+    """Train several tasks in one run, as `train_task` does one; batches of each are drawn as `options.sampling` says.
+
+    The best epoch is the one of the best mean over the tasks. With `train_base` the base's own weights are trained
+    too, in place (Multi-Task Adapters); `compiled` is then one of these tasks over that new base, `model` gives new
+    modules, and `save` writes both. Raises CompositionError where the base holds weights in another form (NF4).
+    """
+    if not rows:
+        raise SpecError("there are no tasks to train", there_is=compiled.tasks)
+    if train_base and compiled.program.stored:
+        forms = sorted({entry.form for entry in compiled.program.stored.values()})
+        raise CompositionError(
+            f"the base holds weights in {', '.join(forms)}, which cannot be trained",
+            try_="train the base with a spec that leaves its weights as they are",
         )
+    joint = Joint({task: compiled.model(task) for task in rows}, train_base=train_base)
+    with _run(joint, rows, tokenizer, options, processes) as run:
+        result = _train(run, checkpoint_dir, progress, callbacks)
+    if train_base:
+        compiled.renew(rows)
+    return result
+
+
+@contextmanager
+def _run(
+    joint: Joint,
+    rows: Mapping[str, TaskRows],
+    tokenizer: PreTrainedTokenizerBase,
+    options: TrainOptions,
+    processes: Processes,
+) -> Iterator[Run]:
+    """A run before its first step; where it fails, the models are as they were."""
+    _check(joint, rows, options)
+    kinds = {task: kind_of(model) for task, model in joint.models.items()}
+    length = options.max_length or next(iter(kinds.values())).max_length
+    options = options.model_copy(update={"max_length": length})
+    with _threads(options.threads), torch.random.fork_rng(cuda_devices(joint)):
+        torch.manual_seed(options.seed + processes.rank)
+        data = {
+            task: Data(
+                kinds[task],
+                encode(model, tokenizer, rows[task].training, length),
+                encode(model, tokenizer, rows[task].validation or (), length) if rows[task].validation else [],
+                kinds[task].padding(model, tokenizer),
+                options.packing,
+            )
+            for task, model in joint.models.items()
+        }
         if options.packing:
-            check_packing(model, data)
-        identity = identify(model, train_rows, validation_rows, options, processes)
+            for task, model in joint.models.items():
+                check_packing(model, data[task])
+        identity = identify(joint, rows, options, processes)
         processes.agree(identity)
-        run = Run(model, options, data, identity, processes)
-        found = newest_checkpoint(checkpoint_dir) if checkpoint_dir is not None else None
-        with _frugal(model, on=options.gradient_checkpointing), _unchanged_on_failure(model):
-            if found is not None:
-                run.restore(found, checkpoint_dir)
-            try:
-                for now in run.steps(callbacks):
-                    if checkpoint_dir is not None and run.checkpoint_due():
-                        checkpoint = run.checkpoint()
-                        if processes.leads:
-                            write_checkpoint(checkpoint_dir, checkpoint)
-                    if progress is not None:
-                        progress(now)
-            except DivergedError:
-                if checkpoint_dir is not None and processes.leads:
-                    clear_checkpoints(checkpoint_dir)
-                raise
-            return run.finish(found)
+        run = Run(joint, options, data, identity, processes)
+        with _frugal(joint, on=options.gradient_checkpointing), joint.training():
+            yield run
+
+
+def _train(
+    run: Run, folder: Path | None, progress: ProgressCallback | None, callbacks: Sequence[StepCallback]
+) -> TrainResult:
+    """All steps that are left; `folder` is that of the checkpoints."""
+    found = newest_checkpoint(folder) if folder is not None else None
+    leads = run.processes.leads
+    if found is not None:
+        run.restore(found, folder)
+    try:
+        for now in run.steps(callbacks):
+            if folder is not None and run.checkpoint_due():
+                checkpoint = run.checkpoint()
+                if leads:
+                    write_checkpoint(folder, checkpoint)
+            if progress is not None:
+                progress(now)
+    except DivergedError:
+        if folder is not None and leads:
+            clear_checkpoints(folder)
+        raise
+    return run.finish(found)
+
+
+def _check(joint: Joint, rows: Mapping[str, TaskRows], options: TrainOptions) -> None:
+    """Raise DataError or SpecError for rows that do not fit their task, or the options."""
+    for task, model in joint.models.items():
+        kind = kind_of(model)
+        check_rows(kind, rows[task].training)
+        kind.check(rows[task].validation or ())
+    without = sorted(task for task, one in rows.items() if not one.validation)
+    if without and len(without) < len(rows):
+        raise SpecError(
+            f"there are no rows to validate {', '.join(without)} with, and the best epoch is one for all tasks",
+            try_="rows to validate every task with, or none",
+        )
+    if options.patience is not None and without:
+        raise SpecError("`patience` waits for a better epoch, and there are no rows to validate with")
 
 
 def check_packing(model: TaskModel, data: Data) -> None:
@@ -118,24 +194,12 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _frugal(model: TaskModel, *, on: bool) -> Iterator[None]:
-    if on:
+def _frugal(joint: Joint, *, on: bool) -> Iterator[None]:
+    models = joint.models.values() if on else ()
+    for model in models:
         model.gradient_checkpointing_enable()
     try:
         yield
     finally:
-        if on:
+        for model in models:
             model.gradient_checkpointing_disable()
-
-
-@contextmanager
-def _unchanged_on_failure(model: TaskModel) -> Iterator[None]:
-    before, training = copy_weights(model), model.training
-    try:
-        yield
-    except BaseException:
-        model.load_state_dict(before)
-        model.zero_grad()
-        model.drop()
-        model.train(training)
-        raise

@@ -14,6 +14,16 @@ class TrainOptions(BaseModel):
 
     epochs: PositiveInt = Field(default=3, description="Passes over the rows.")
     learning_rate: PositiveFloat = Field(default=1e-3, description="Highest learning rate.")
+    base_learning_rate: PositiveFloat = Field(
+        default=1e-4, description="That of the base's own weights, where they are trained too."
+    )
+    sampling: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Exponent of a task's size in how often it is drawn, where several are trained: 1 is by size, each "
+        "row once an epoch; 0 is all tasks alike.",
+    )
     batch_size: PositiveInt = Field(default=32, description="Rows at a time.")
     max_length: PositiveInt | None = Field(
         default=None, description="Tokens of a row that are kept; not set: 128, 384 of a question, 1024 of a prompt."

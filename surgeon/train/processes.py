@@ -1,7 +1,7 @@
 """Several processes that train one task together, each with a share of every batch: accelerate's, or this one alone.
 
-Only deltas are trained, so what has to be summed at a step is one short vector: the base's gradients do not exist, and
-the module needs no wrapper.
+What has to be summed at a step is one vector, and the module needs no wrapper. It is short where only deltas are
+trained: the base's gradients do not exist then.
 """
 
 from __future__ import annotations

@@ -21,6 +21,13 @@ class Row(NamedTuple):
     label: int
 
 
+class TaskRows(NamedTuple):
+    """The rows of one task, of the kind that its head learns from: to train on, and to validate with."""
+
+    training: Sequence[Any]
+    validation: Sequence[Any] | None = None
+
+
 def read_rows(path: str | Path, labels: Labels, text_column: str = "text", label_column: str = "label") -> list[Row]:
     """Read a CSV, TSV or JSON-lines file. Labels are the task's names, or numbers where the task has a count only.
 

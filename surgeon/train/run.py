@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from surgeon.errors import DataError, DeltaError
-from surgeon.train.batches import epoch_order
+from surgeon.errors import DataError
 from surgeon.train.checkpoint import Checkpoint
 from surgeon.train.evaluation import Evaluation, evaluate_examples
 from surgeon.train.identity import check_same_run
+from surgeon.train.joint import Joint
 from surgeon.train.kinds import Example, Kind, learned
 from surgeon.train.options import TrainOptions
 from surgeon.train.processes import ALONE, Processes
+from surgeon.train.sampling import draws, epoch_batches, turns
 
 if TYPE_CHECKING:
     from surgeon.model import TaskModel
@@ -45,18 +47,20 @@ class Progress:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over the rows: mean training loss, and the validation where there is one."""
+    """One pass over the rows: mean training loss, and the validation where there is one; means over the tasks."""
 
     epoch: int
     loss: float
     validation_loss: float | None
     accuracy: float | None
     exact_match: float | None = None
+    accuracies: dict[str, float] = field(default_factory=dict)
+    """By task."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training came to. The model holds the weights of `best_epoch`: the last one without validation rows.
+    """What training came to. The models hold the weights of `best_epoch`: the last one without validation rows.
 
     `cut` is how many of the rows trained on were longer than what is kept of them.
     """
@@ -77,7 +81,7 @@ class DivergedError(DataError):
 
 
 class Data(NamedTuple):
-    """What a run is trained on and validated with, tokenized."""
+    """What a task is trained on and validated with, tokenized."""
 
     kind: Kind[Any]
     examples: list[Example]
@@ -96,26 +100,26 @@ class Run:
 
     def __init__(
         self,
-        model: TaskModel,
+        joint: Joint,
         options: TrainOptions,
-        data: Data,
+        data: Mapping[str, Data],
         identity: dict[str, Any],
         processes: Processes = ALONE,
     ) -> None:
-        self.model, self.options, self.data, self.identity = model, options, data, identity
+        self.joint, self.options, self.data, self.identity = joint, options, data, identity
         self.processes = processes
-        self.best_by = options.best_by or data.kind.best_by
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        if not self.trained:
-            raise DeltaError("this task has no deltas to train", try_="give it a surgery, or labels")
-        groups = model.parameter_groups(options.learning_rate)
+        self.best_by = options.best_by or next(iter(data.values())).kind.best_by
+        self.trained = joint.trained(joint.models)
+        groups = joint.parameter_groups(options)
         self.optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
         self.rates = [group["lr"] for group in groups]
         self.optimizer.zero_grad()
-        batches = math.ceil(len(data.examples) / options.batch_size)
-        self.epoch_steps = math.ceil(batches / options.gradient_accumulation)
+        batches = {task: math.ceil(len(one.examples) / options.batch_size) for task, one in data.items()}
+        self.draws = draws(batches, options.sampling)
+        self.epoch_steps = math.ceil(sum(self.draws.values()) / options.gradient_accumulation)
         self.total = self.epoch_steps * options.epochs
         self.step = 0
+        self.own = dict.fromkeys(data, 0)
         self.losses = 0.0
         self.last_loss = math.nan
         self.history: list[Epoch] = []
@@ -123,22 +127,33 @@ class Run:
         self.best_epoch = 0
         self.best_settled = False
         self.stopped = False
-        for schedule in model.schedules:
-            schedule.begin(model, self.total)
+        totals = self._own_steps()
+        for task, _, schedule in joint.schedules:
+            schedule.begin(joint.models[task], totals[task])
         self.seconds = 0.0
         self.timed = 0
 
+    def _own_steps(self) -> dict[str, int]:
+        """How many steps of the run each task takes part in."""
+        totals, accumulation = dict.fromkeys(self.draws, 0), self.options.gradient_accumulation
+        for epoch in range(self.options.epochs):
+            order = turns(self.draws, self.options.seed, epoch)
+            for start in range(0, len(order), accumulation):
+                for task in set(order[start : start + accumulation]):
+                    totals[task] += 1
+        return totals
+
     def steps(self, callbacks: Sequence[StepCallback]) -> Iterator[Progress]:
         """Take the steps that are left; yield after each, the last of an epoch after its evaluation."""
-        accumulation, examples = self.options.gradient_accumulation, self.data.examples
+        accumulation, examples = self.options.gradient_accumulation, {t: one.examples for t, one in self.data.items()}
         while self.step < self.total and not self.stopped:
             epoch, begin = divmod(self.step, self.epoch_steps)
-            order = epoch_order(examples, self.options.batch_size, self.options.seed, epoch)
-            self.model.train()
+            order = epoch_batches(examples, self.draws, self.options.batch_size, self.options.seed, epoch)
+            self.joint.train()
             for start in range(begin * accumulation, len(order), accumulation):
                 clock = time.perf_counter()
                 group = order[start : start + accumulation]
-                self._advance([[examples[i] for i in batch] for batch in group], callbacks)
+                self._advance([(task, [examples[task][i] for i in batch]) for task, batch in group], callbacks)
                 self.seconds += time.perf_counter() - clock
                 self.timed += 1
                 if self.checkpoint_due() and not all(p.isfinite().all() for p in self.trained):
@@ -147,14 +162,23 @@ class Run:
                     self._end_epoch(self._evaluate())
                 yield self._progress(epoch + 1)
 
-    def _evaluate(self) -> Evaluation | None:
-        kind, held, pad, size = self.data.kind, self.data.held, self.data.pad, self.options.batch_size
-        return evaluate_examples(self.model, kind, held, pad, size, processes=self.processes) if held else None
+    def _evaluate(self) -> dict[str, Evaluation]:
+        models, size, team = self.joint.models, self.options.batch_size, self.processes
+        return {
+            task: evaluate_examples(models[task], one.kind, one.held, one.pad, size, processes=team)
+            for task, one in self.data.items()
+            if one.held
+        }
 
-    def _advance(self, batches: list[list[Example]], callbacks: Sequence[StepCallback]) -> None:
-        """One optimiser step on the mean loss of all labels of `batches`, of which each process takes its share."""
-        for schedule in self.model.schedules:
-            schedule.before(self.model, self.step + 1)
+    def _advance(self, batches: list[tuple[str, list[Example]]], callbacks: Sequence[StepCallback]) -> None:
+        """One optimiser step on the mean loss of all labels of `batches`, of which each process takes its share.
+
+        A task that has none among them stays as it is.
+        """
+        models = {task: self.joint.models[task] for task, _ in batches}
+        schedules = [(task, schedule) for task, _, schedule in self.joint.schedules if task in models]
+        for task, schedule in schedules:
+            schedule.before(models[task], self.own[task] + 1)
         total = self._gradients(batches)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.options.grad_clip or math.inf)
         if not (math.isfinite(total) and torch.isfinite(norm)):
@@ -166,34 +190,39 @@ class Run:
         self.step += 1
         self.last_loss = total
         self.losses += total
-        for schedule in self.model.schedules:
-            schedule.after(self.model, self.step)
-        for callback in callbacks:
-            callback(self.model, self.step, self.total)
+        for task in models:
+            self.own[task] += 1
+        for task, schedule in schedules:
+            schedule.after(models[task], self.own[task])
+        for model in models.values():
+            for callback in callbacks:
+                callback(model, self.step, self.total)
         self.optimizer.zero_grad()
 
-    def _gradients(self, batches: list[list[Example]]) -> float:
+    def _gradients(self, batches: list[tuple[str, list[Example]]]) -> float:
         """Leave the gradients of the mean loss; returns that loss.
 
         A model's loss is the mean over the labels of one batch. Weighed by their number, batches that are accumulated
         and shares of other processes come to the mean over all.
         """
-        device = self.trained[0].device
-        labels = sum(learned(example) for batch in batches for example in batch)
+        device = self.joint.device
+        labels = sum(learned(example) for _, batch in batches for example in batch)
         total = 0.0
-        for batch in filter(None, map(self.processes.own, batches)):
-            weight = sum(map(learned, batch)) / labels
-            loss = self.model(**self.data.batch(batch, device)).loss * weight
-            loss.backward()
-            total += loss.item()
+        for task, whole in batches:
+            if batch := self.processes.own(whole):
+                weight = sum(map(learned, batch)) / labels
+                loss = self.joint.models[task](**self.data[task].batch(batch, device)).loss * weight
+                loss.backward()
+                total += loss.item()
         if self.processes.count == 1:
             return total
-        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained]
+        trained = self.joint.trained({task for task, _ in batches})
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         flat = self.processes.add(
             torch.cat([*(g.flatten().double() for g in own), torch.tensor([total]).double().to(device)])
         )
         pieces = torch.split(flat[:-1], [g.numel() for g in own])
-        for parameter, piece in zip(self.trained, pieces, strict=True):
+        for parameter, piece in zip(trained, pieces, strict=True):
             parameter.grad = piece.view_as(parameter).to(parameter.dtype)
         return float(flat[-1])
 
@@ -205,18 +234,27 @@ class Run:
             try_="a lower learning rate, or a longer warm-up",
         )
 
-    def _end_epoch(self, found: Evaluation | None) -> None:
+    def _end_epoch(self, found: Mapping[str, Evaluation]) -> None:
         loss = self.losses / self.epoch_steps
         self.losses = 0.0
-        figures = (found.loss, found.accuracy, found.exact_match) if found else (None, None, None)
-        self.history.append(Epoch(len(self.history) + 1, loss, *figures))
+        each = list(found.values())
+        self.history.append(
+            Epoch(
+                epoch=len(self.history) + 1,
+                loss=loss,
+                validation_loss=mean(one.loss for one in each) if each else None,
+                accuracy=mean(one.accuracy for one in each) if each else None,
+                exact_match=mean(one.exact_match for one in each) if each else None,
+                accuracies={task: one.accuracy for task, one in found.items()},
+            )
+        )
         now, best = self._merit(self.history[-1]), self._merit(self.history[self.best_epoch - 1])
-        settled = all(s.settled(self.step) for s in self.model.schedules)
+        settled = all(schedule.settled(self.own[task]) for task, _, schedule in self.joint.schedules)
         better = self.best_epoch == 0 or now is None or best is None or now > best
         if better or (settled and not self.best_settled):
             self.best_settled = settled
             self.best_epoch = len(self.history)
-            self.best = copy_weights(self.model)
+            self.best = self.joint.tensors()
         patience = self.options.patience
         self.stopped = settled and patience is not None and len(self.history) - self.best_epoch >= patience
 
@@ -237,16 +275,17 @@ class Run:
 
     def checkpoint(self) -> Checkpoint:
         """Everything that the steps to come depend on."""
-        tensors = {f"weights/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors = {f"weights/{name}": tensor for name, tensor in self.joint.tensors().items()}
         tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{name}": moment for name, moment in moments.items()}
-        for index, schedule in enumerate(self.model.schedules):
-            tensors |= {f"schedule/{index}/{name}": tensor for name, tensor in schedule.state().items()}
-        for rank, states in enumerate(self.processes.gather(random_states(self.model))):
+        for task, number, schedule in self.joint.schedules:
+            tensors |= {f"schedule/{task}/{number}/{name}": tensor for name, tensor in schedule.state().items()}
+        for rank, states in enumerate(self.processes.gather(random_states(self.joint))):
             tensors |= {f"random/{rank}/{name}": state for name, state in states.items()}
         state = {
             "identity": self.identity,
+            "own": self.own,
             "history": [asdict(epoch) for epoch in self.history],
             "best_epoch": self.best_epoch,
             "best_settled": self.best_settled,
@@ -259,35 +298,34 @@ class Run:
     def restore(self, found: Checkpoint, folder: Path | None) -> None:
         """Go back to where a checkpoint was written. Raises DataError where it is of another run."""
         check_same_run(found.state["identity"], self.identity, folder)
-        self.model.load_state_dict(found.under("weights"))
+        self.joint.load(found.under("weights"))
         self.best = found.under("best")
         moments: dict[int, dict[str, Tensor]] = {}
         for path, tensor in found.under("optimizer").items():
             index, name = path.split("/")
             moments.setdefault(int(index), {})[name] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        for place, schedule in enumerate(self.model.schedules):
-            schedule.restore(found.under(f"schedule/{place}"))
+        for task, number, schedule in self.joint.schedules:
+            schedule.restore(found.under(f"schedule/{task}/{number}"))
         states = found.under(f"random/{self.processes.rank}")
         torch.set_rng_state(states["cpu"])
-        for device in cuda_devices(self.model):
+        for device in cuda_devices(self.joint):
             torch.cuda.set_rng_state(states["cuda"], device)
-        self.step = found.step
+        self.step, self.own = found.step, found.state["own"]
         self.history = [Epoch(**epoch) for epoch in found.state["history"]]
         self.best_epoch, self.stopped = found.state["best_epoch"], found.state["stopped"]
         self.best_settled = found.state["best_settled"]
         self.losses, self.last_loss = found.state["losses"], found.state["last_loss"]
 
     def finish(self, found: Checkpoint | None) -> TrainResult:
-        """Put the best weights into the model and say what came out."""
-        self.model.load_state_dict(self.best)
-        self.model.eval()
+        """Put the best weights into the models and say what came out."""
+        self.joint.load(self.best)
         best = self.history[self.best_epoch - 1]
         return TrainResult(
             best_epoch=self.best_epoch,
             best_accuracy=best.accuracy,
             best_loss=best.validation_loss,
-            cut=sum(example.cut for example in self.data.examples),
+            cut=sum(example.cut for one in self.data.values() for example in one.examples),
             history=tuple(self.history),
             steps=self.step,
             seconds_per_step=self.seconds / max(self.timed, 1),
@@ -307,20 +345,14 @@ def share(step: int, total: int, options: TrainOptions) -> float:
     return left if options.schedule == "linear" else 1.0
 
 
-def copy_weights(model: TaskModel) -> dict[str, Tensor]:
-    """The task's tensors as they are now."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+def cuda_devices(joint: Joint) -> list[torch.device]:
+    """The device whose random state the models use, if it is not the CPU."""
+    return [joint.device] if joint.device.type == "cuda" else []
 
 
-def cuda_devices(model: TaskModel) -> list[torch.device]:
-    """The device whose random state the model uses, if it is not the CPU."""
-    device = next(model.parameters()).device
-    return [device] if device.type == "cuda" else []
-
-
-def random_states(model: TaskModel) -> dict[str, Tensor]:
-    """The random states that the model's dropout depends on."""
+def random_states(joint: Joint) -> dict[str, Tensor]:
+    """The random states that the models' dropout depends on."""
     states = {"cpu": torch.get_rng_state()}
-    for device in cuda_devices(model):
+    for device in cuda_devices(joint):
         states["cuda"] = torch.cuda.get_rng_state(device)
     return states

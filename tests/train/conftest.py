@@ -24,12 +24,13 @@ SPEC = {
 OPTIONS = TrainOptions(epochs=2, learning_rate=2e-2, batch_size=8, max_length=12, seed=3, threads=1)
 
 
-def tiny_compiled():
+def tiny_compiled(surgery=SPEC["surgery"], dropout=0.1):
     """A BERT of two layers with dropout, so that a resumed run must also restore the random state."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = BertConfig(vocab_size=len(WORDS), max_position_embeddings=16, **sizes)
-    return surgeon.compile(SPEC, base=BertForSequenceClassification(config))
+    drops = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    config = BertConfig(vocab_size=len(WORDS), max_position_embeddings=16, **sizes, **drops)
+    return surgeon.compile({**SPEC, "surgery": surgery}, base=BertForSequenceClassification(config))
 
 
 def tiny_tokenizer(folder):
@@ -107,6 +108,12 @@ def tokenizer(tmp_path):
 def tiny_rows():
     """Texts of random words with a label."""
     return _tiny_rows
+
+
+@pytest.fixture(scope="session", name="tiny_compiled")
+def _tiny_compiled():
+    """Another one of the same."""
+    return tiny_compiled
 
 
 @pytest.fixture(scope="session")
