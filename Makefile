@@ -46,7 +46,7 @@ counts: setup ## parameter counts on the papers' own configurations; writes docs
 quality: setup ## accuracy of every technique and of its peer on real sentences; writes docs/quality.md
 	$(BIN)/python -m benchmarks.quality
 
-quality-fusion: setup ## AdapterFusion against adapters alone, head only and full; resumable; writes docs/quality-fusion.md
+quality-fusion: setup ## AdapterFusion of adapters trained alone and together, each without it; resumable; writes docs/quality-fusion.md
 	$(BIN)/python -m benchmarks.quality_fusion
 
 goldens: setup ## write the golden graph texts anew
