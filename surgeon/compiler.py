@@ -117,7 +117,7 @@ class Compiled:
         model = self.base.model
         if len({t.device for t in (*model.parameters(), *model.buffers())}) > 1:  # training moved what the graph reads
             model.cpu()
-        again = _operate(spec, model, steps, weights=True, report=_silent)
+        again = _operate(spec, model, steps, lent=True, report=_silent)
         source = f"{self.base.source}, trained further"
         self.spec, self.base = spec, replace(again.base, source=source)
         self.program, self.served = again.program, again.served

@@ -14,8 +14,9 @@ from surgeon.train.kinds import Chat, Completion, Question, Words, kind_of
 from surgeon.train.loop import ProgressCallback, train_task, train_tasks
 from surgeon.train.mixtures import Mixture, build_mixtures, mixtures, prune
 from surgeon.train.options import TrainOptions
+from surgeon.train.outcome import DivergedError, Epoch, Progress, TrainResult
 from surgeon.train.rows import Row, TaskRows, hold_out, labels_of, read_rows
-from surgeon.train.run import DivergedError, Epoch, Progress, StepCallback, TrainResult
+from surgeon.train.run import StepCallback
 
 __all__ = [
     "Chat",

@@ -24,9 +24,9 @@ from surgeon.train.joint import Joint
 from surgeon.train.kinds import Kind, kind, kind_of, takes_labels
 from surgeon.train.loop import ProgressCallback, train_tasks
 from surgeon.train.options import TrainOptions
+from surgeon.train.outcome import TrainResult
 from surgeon.train.processes import processes
 from surgeon.train.rows import TaskRows, hold_out, known_labels
-from surgeon.train.run import TrainResult
 
 CHECKPOINTS = ".training"
 LONGEST_NAME = 200

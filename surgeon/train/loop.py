@@ -18,9 +18,10 @@ from surgeon.train.identity import identify
 from surgeon.train.joint import Joint
 from surgeon.train.kinds import kind_of
 from surgeon.train.options import TrainOptions
+from surgeon.train.outcome import DivergedError, Progress, TrainResult
 from surgeon.train.processes import ALONE, Processes
 from surgeon.train.rows import TaskRows
-from surgeon.train.run import Data, DivergedError, Progress, Run, StepCallback, TrainResult, cuda_devices
+from surgeon.train.run import Data, Run, StepCallback, cuda_devices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

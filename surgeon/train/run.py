@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surgeon.errors import DataError
 from surgeon.train.checkpoint import Checkpoint
 from surgeon.train.evaluation import Evaluation, evaluate_examples
 from surgeon.train.identity import check_same_run
 from surgeon.train.joint import Joint
 from surgeon.train.kinds import Example, Kind, learned
 from surgeon.train.options import TrainOptions
+from surgeon.train.outcome import DivergedError, Epoch, Progress, TrainResult
 from surgeon.train.processes import ALONE, Processes
 from surgeon.train.sampling import draws, epoch_batches, turns
 
@@ -31,53 +31,6 @@ if TYPE_CHECKING:
     from surgeon.model import TaskModel
 
 StepCallback = Callable[["TaskModel", int, int], None]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where training is, after every step and every evaluation."""
-
-    step: int
-    steps: int
-    epoch: int
-    epochs: int
-    loss: float
-    accuracy: float | None
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One pass over the rows: mean training loss, and the validation where there is one; means over the tasks."""
-
-    epoch: int
-    loss: float
-    validation_loss: float | None
-    accuracy: float | None
-    exact_match: float | None = None
-    accuracies: dict[str, float] = field(default_factory=dict)
-    """By task."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What training came to. The models hold the weights of `best_epoch`: the last one without validation rows.
-
-    `cut` is how many of the rows trained on were longer than what is kept of them.
-    """
-
-    best_epoch: int
-    best_accuracy: float | None
-    history: tuple[Epoch, ...]
-    steps: int
-    seconds_per_step: float
-    resumed_from: int | None
-    stopped_early: bool
-    best_loss: float | None = None
-    cut: int = 0
-
-
-class DivergedError(DataError):
-    """A loss, a gradient or a weight is not finite any more."""
 
 
 class Data(NamedTuple):
