@@ -22,7 +22,7 @@ import surgeon
 from surgeon.errors import DataError, SpecError
 from surgeon.train import Chat, Completion, TrainOptions, evaluate, kind_of, load_tokenizer, train_task
 from surgeon.train.batches import encode
-from surgeon.train.builds import train_build
+from surgeon.train.builds import Files, train_build
 from surgeon.train.kinds import kind, room
 
 WORDS = ["[PAD]", "</s>", "[UNK]", "<u>", "<a>", "is", *(f"w{i}" for i in range(40)), *(f"c{i}" for i in range(40))]
@@ -275,7 +275,7 @@ def weights(build: Path) -> dict[str, torch.Tensor]:
 def test_what_is_trained_answers_in_onnx_runtime(built, tmp_path):
     build, rows = Path(shutil.copytree(built / "build", tmp_path / "build")), built / "rows.jsonl"
     options = TrainOptions(epochs=40, learning_rate=2e-2, batch_size=7, threads=1)
-    result = train_build(build, "a", rows, validation=rows, options=options)
+    result = train_build(build, {"a": Files(rows, rows)}, options=options)
     assert result.history[result.best_epoch - 1].exact_match == 1
     with surgeon.Session(build, threads=1) as session:
         assert written(session, "w2 is") == "c2 c3 </s>"
@@ -287,7 +287,7 @@ def test_two_processes_train_what_one_does(built, tmp_path):
     alone, both = (Path(shutil.copytree(built / "build", tmp_path / name)) for name in ("alone", "both"))
     rows = built / "rows.jsonl"
     options = TrainOptions(epochs=4, learning_rate=5e-3, batch_size=7, threads=1)
-    result = train_build(alone, "a", rows, validation=rows, options=options)
+    result = train_build(alone, {"a": Files(rows, rows)}, options=options)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
