@@ -308,7 +308,8 @@ def test_onnxruntime_genai_writes_the_same_tokens_with_our_task_files(
             while not generator.is_done():
                 generator.generate_next_token()
             found = tuple(generator.get_sequence(0)[len(prompt) :])
-            assert found == session.generate([prompt], task, max_new_tokens=LONG)[0].tokens
+            row = session.generate([prompt], task, max_new_tokens=LONG)[0]
+            assert found == (row.tokens[:-1] if row.reason == "end" else row.tokens)  # it leaves the end token out
 
 
 def test_what_genai_cannot_carry_gets_no_folder_of_it(lab: Lab, talker: tuple[Compiled, Path], tmp_path: Path) -> None:
