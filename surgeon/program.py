@@ -212,7 +212,7 @@ class Program(Holding):
             found = functional_call(module, defaults, (), {name: t.to(device) for name, t in given.items()})
         return list(found)
 
-    def take_over(self, site: Site, part: str, name: str, *, optional: bool = False) -> Delta:
+    def take_over(self, site: Site, part: str, name: str, *, rate: float = 1.0, optional: bool = False) -> Delta:
         """Make the base's parameter `name` a delta that starts at its value; every reader reads the delta instead.
 
         Sites that share the parameter share the delta. Raises CompositionError where another pass has taken it.
@@ -227,7 +227,10 @@ class Program(Holding):
                 )
             return delta
         base = self.tensor(name)
-        delta = self.delta(site, part, base.shape, base_value(base), default=base, dtype=base.dtype, optional=optional)
+        start = base_value(base)
+        delta = self.delta(
+            site, part, base.shape, start, default=base, dtype=base.dtype, rate=rate, optional=optional
+        )
         self._taken[name] = (delta, self._author)
         for node in self.graph.nodes:
             if node.op == "get_attr" and node.target == name:

@@ -33,6 +33,7 @@ class Head(Pass):
 
     labels: PositiveInt | None = Field(None, description="Outputs of a task that does not say; unset it is the base's.")
     std: float = Field(0.02, gt=0, description="Standard deviation of the fresh weights.")
+    rate: float = Field(1.0, gt=0, description="Learning rate of the head, as a multiple of the trainer's.")
     hidden: bool = Field(False, description="Train the dense layer before the classifier too.")
     where: Where = Field(selectors("head.out"), description="The projection that gives the logits.")
 
@@ -60,11 +61,14 @@ class Head(Pass):
             normal(self.std),
             free={} if spans else {1: "=labels"},
             default=base if site.in_first else base.T,
+            rate=self.rate,
             optional=True,
         )
         base_bias = program.tensor(site.bias) if site.bias else torch.zeros(site.out_features, dtype=base.dtype)
         free = {} if spans else {0: "=labels"}
-        bias = program.delta(site, "head.bias", (labels,), zeros, free=free, default=base_bias, optional=True)
+        bias = program.delta(
+            site, "head.bias", (labels,), zeros, free=free, default=base_bias, rate=self.rate, optional=True
+        )
 
         def classified(y: Tensor, h: Tensor, w: Tensor, b: Tensor) -> Tensor:
             return (h.unsqueeze(-2) @ w).squeeze(-2) + b if h.dim() == 2 else h @ w + b
@@ -75,4 +79,4 @@ class Head(Pass):
         for site in select(program.anatomy, selectors("head.dense"), Projection):
             for part, name in (("weight", site.weight), ("bias", site.bias)):
                 if name is not None:
-                    program.take_over(site, part, name, optional=True)
+                    program.take_over(site, part, name, rate=self.rate, optional=True)
