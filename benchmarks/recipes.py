@@ -24,10 +24,12 @@ QV = ["query", "value"]
 LAST_LINEAR = r".*layer\.\d+\.output\.dense"
 RATES = {
     "head": 1e-2, "full": 1e-4, "lora": 1e-3, "dora": 1e-3, "adalora": 1e-2, "qlora": 1e-3, "vera": 1e-2, "ia3": 1e-2,
-    "bitfit": 3e-3, "norm_tuning": 3e-3, "adapter": 1e-3, "drop": 1e-3, "compacter": 3e-3, "prefix": 1e-2,
-    "prompt": 3e-2, "p_tuning": 3e-3, "p_tuning_v2": 1e-2,
+    "bitfit": 3e-3, "norm_tuning": 3e-3, "adapter": 1e-3, "drop": 1e-3, "compacter": 3e-3, "prefix": 5e-2,
+    "prompt": 2e-3, "p_tuning": 1e-3, "p_tuning_v2": 5e-2,
 }  # fmt: skip
-"""Learning rates, for ours and the peer's alike. Prompts and vectors need larger ones than matrices."""
+"""Learning rates, for ours and the peer's alike. Vectors need larger ones than matrices."""
+HEAD_RATES = {"prompt": 5.0, "p_tuning": 10.0}
+"""What the classifier's is times that: virtual tokens need a small one, with which a classifier learns nothing."""
 LEFT_OUT = {"fusion": "it needs adapters of other tasks; see `make quality-fusion`"}
 
 
@@ -65,14 +67,17 @@ def recipes() -> dict[str, Recipe]:
             "PEFT",
         ),
         "prompt": (
-            ({"prompt": {"length": 20}},),
-            _peft(peft.PromptTuningConfig, num_virtual_tokens=20, prompt_tuning_init="SAMPLE_VOCAB"),
+            ({"prompt": {"length": 20}}, {"head": {"rate": HEAD_RATES["prompt"]}}),
+            _peft(
+                peft.PromptTuningConfig, HEAD_RATES["prompt"], num_virtual_tokens=20, prompt_tuning_init="SAMPLE_VOCAB"
+            ),
             "PEFT",
         ),
         "p_tuning": (
-            ({"p_tuning": {"template": "[P]*10 {text}"}},),
+            ({"p_tuning": {"template": "[P]*10 {text}"}}, {"head": {"rate": HEAD_RATES["p_tuning"]}}),
             _peft(
                 peft.PromptEncoderConfig,
+                HEAD_RATES["p_tuning"],
                 num_virtual_tokens=10,
                 encoder_reparameterization_type="LSTM",
                 encoder_hidden_size=192,
@@ -102,8 +107,11 @@ class Peer(nn.Module):
 
     head_name = "sequence-classification"
 
-    def __init__(self, model: nn.Module, base: PreTrainedModel, schedules: tuple[Schedule, ...] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, base: PreTrainedModel, schedules: tuple[Schedule, ...] = (), head_rate: float = 1.0
+    ) -> None:
         super().__init__()
+        self.head_rate = head_rate
         self.model = model
         self.config = base.config
         self.inputs: tuple[Input, ...] = text_inputs(base)
@@ -121,7 +129,10 @@ class Peer(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        return [{"params": list(self.trained().values()), "lr": learning_rate}]
+        heads = {name: p for name, p in self.trained().items() if "classifier" in name}
+        others = [p for name, p in self.trained().items() if name not in heads]
+        groups = [(others, learning_rate), (list(heads.values()), learning_rate * self.head_rate)]
+        return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
         return {name: p.detach() for name, p in self.trained().items()}
@@ -147,9 +158,10 @@ def _is_bias(name: str) -> bool:
     return name.endswith("bias")
 
 
-def _peft(config: Callable[..., peft.PeftConfig], **options: Any) -> MakePeer:
+def _peft(config: Callable[..., peft.PeftConfig], head_rate: float = 1.0, **options: Any) -> MakePeer:
     def make(base: PreTrainedModel, steps: int) -> Peer:
-        return Peer(peft.get_peft_model(base, config(task_type=peft.TaskType.SEQ_CLS, **options)), base)
+        model = peft.get_peft_model(base, config(task_type=peft.TaskType.SEQ_CLS, **options))
+        return Peer(model, base, head_rate=head_rate)
 
     return make
 

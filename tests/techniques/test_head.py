@@ -36,6 +36,16 @@ def test_a_head_is_the_bases_classifier_with_other_weights(lab):
     assert lab.gap(ours.get_parameter("classifier.head.bias").grad, theirs.classifier.bias.grad) <= 1e-6
 
 
+def test_a_head_may_learn_at_a_rate_of_its_own(lab):
+    """Few trained tokens want a small rate, and a classifier that starts anew a large one."""
+    surgery = {"prompt": {"length": 3}}, {"head": {"rate": 10, "hidden": True}}
+    model = lab.operate(lab.base("bert"), *surgery, tasks=TASKS).model("two")
+    slow, fast = sorted(model.parameter_groups(1e-3), key=lambda group: group["lr"])
+    assert (slow["lr"], fast["lr"]) == (1e-3, 1e-2)
+    assert [tuple(p.shape) for p in slow["params"]] == [(3, 32)]
+    assert sorted(tuple(p.shape) for p in fast["params"]) == [(2,), (32,), (32, 2), (32, 32)]
+
+
 def test_without_labels_and_head_the_bases_own_head_answers(lab):
     model = lab.base("bert", num_labels=3)
     ours = lab.operate(model, {"lora": {"rank": 2}}).model("a")
