@@ -228,9 +228,7 @@ class Program(Holding):
             return delta
         base = self.tensor(name)
         start = base_value(base)
-        delta = self.delta(
-            site, part, base.shape, start, default=base, dtype=base.dtype, rate=rate, optional=optional
-        )
+        delta = self.delta(site, part, base.shape, start, default=base, dtype=base.dtype, rate=rate, optional=optional)
         self._taken[name] = (delta, self._author)
         for node in self.graph.nodes:
             if node.op == "get_attr" and node.target == name:
