@@ -88,7 +88,7 @@ class Contents:
             for i, present in zip((i for i in inputs if i.cached), self.program.presents, strict=True)
         ]
         said: Any = getattr(self.base.model, "generation_config", self.base.model.config)
-        end = said.eos_token_id
+        end = getattr(said, "eos_token_id", None)
         ends = [] if end is None else [end] if isinstance(end, int) else list(end)
         return {"cache": cache, "end": ends, "tokens": chat_template(self.base)[1]} if cache else None
 

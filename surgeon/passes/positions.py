@@ -91,8 +91,9 @@ def _stack_of(program: Program, operand: fx.Node, axis: int) -> str:
 
 
 def _behind_cumsum(operand: fx.Node) -> fx.Node:
-    """Where positions are counted over a mask, the count itself: shifting later would move padding as well."""
-    counted = [n for n in ancestors(operand) if n.target is torch.ops.aten.cumsum.default]
+    """Where the base counts positions over a mask, the count itself: shifting later would move padding as well."""
+    count = torch.ops.aten.cumsum.default
+    counted = sorted(n for n in ancestors(operand) if n.target is count and "surgeon" not in n.meta)
     return counted[0] if counted else operand
 
 
