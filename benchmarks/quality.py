@@ -279,7 +279,8 @@ def page(section: Section) -> str:
     left = "\n".join(f"- `{name}`: {why}." for name, why in LEFT_OUT.items())
     silent = (
         "PEFT has no adapters, AdapterDrop or Compacter; its prefixes refuse a classifier under this version of "
-        "transformers, so `prefix` and `p_tuning_v2` have no peer here."
+        "transformers, so `prefix` and `p_tuning_v2` have no peer here. The classifier over virtual tokens (`prompt`, "
+        "`p_tuning`) has a rate of its own, ours and the peer's alike (`HEAD_RATES` of benchmarks/recipes.py)."
     )
     return f"# Quality\n\nWritten by `make quality`.\n\n{section.markdown()}\n{silent}\n\nNot in the table:\n\n{left}\n"
 
