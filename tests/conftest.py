@@ -14,7 +14,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only
 import pytest
 
 if TYPE_CHECKING:
+    from torch import fx
     from transformers import PreTrainedModel
+
+    from surgeon.program import Program
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 _TEXT = {"vocab_size": 100, "max_position_embeddings": 64, "pad_token_id": 0}
@@ -48,6 +51,27 @@ Tiny = Callable[..., "PreTrainedModel"]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="write the golden graph texts anew")
+
+
+@pytest.fixture
+def begun() -> Callable[..., Program]:
+    """A program over a traced base that no pass has changed yet."""
+
+    def begin(model: PreTrainedModel, module: fx.GraphModule) -> Program:
+        from surgeon.anatomy import find
+        from surgeon.program import Program
+        from surgeon.trace import text_inputs
+
+        return Program(
+            graph_module=module,
+            anatomy=find(module),
+            inputs=text_inputs(model),
+            config=model.config,
+            head="sequence-classification",
+            frozen=frozenset(n for n, _ in [*module.named_parameters(), *module.named_buffers()]),
+        )
+
+    return begin
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,14 +14,13 @@ import pytest
 import torch
 
 import surgeon
-from surgeon.anatomy import Projection, find, select
+from surgeon.anatomy import Projection, select
 from surgeon.errors import CompositionError, InvariantError
 from surgeon.ledger import normal, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.lora import LoRA
 from surgeon.pipeline import run_passes
-from surgeon.program import Program
-from surgeon.trace import text_inputs, trace
+from surgeon.trace import trace
 
 _numbers = itertools.count()
 
@@ -120,19 +119,10 @@ BROKEN = {
 
 
 @pytest.fixture
-def program(tiny):
+def program(tiny, begun):
     """A fresh one for every test: a broken program is of no more use."""
     model = tiny("bert", num_hidden_layers=1)
-    graph_module = trace(model)
-    frozen = frozenset(n for n, _ in [*graph_module.named_parameters(), *graph_module.named_buffers()])
-    return Program(
-        graph_module=graph_module,
-        anatomy=find(graph_module),
-        inputs=text_inputs(model),
-        config=model.config,
-        head="sequence-classification",
-        frozen=frozen,
-    )
+    return begun(model, trace(model))
 
 
 @pytest.mark.parametrize(("invariant", "broken"), [(i, b) for i, several in BROKEN.items() for b in several])

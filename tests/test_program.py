@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import fx
 
-from surgeon.anatomy import Join, Projection, find, select
+from surgeon.anatomy import Join, Projection, select
 from surgeon.errors import CompositionError, InvariantError
 from surgeon.ledger import normal, zeros
-from surgeon.program import Program
-from surgeon.trace import text_inputs, trace
+from surgeon.trace import trace
 from surgeon.verify import reference, run
 
 
@@ -20,7 +19,7 @@ def traced(tiny):
 
 
 @pytest.fixture
-def fresh(traced):
+def fresh(traced, begun):
     """A program of its own over the traced base."""
 
     def make(kind="bert"):
@@ -29,15 +28,7 @@ def fresh(traced):
         graph.output(graph.graph_copy(original.graph, {}))
         graph._codegen = original.graph._codegen
         module = fx.GraphModule(original, graph)
-        frozen = frozenset(n for n, _ in [*module.named_parameters(), *module.named_buffers()])
-        return Program(
-            graph_module=module,
-            anatomy=find(module),
-            inputs=text_inputs(model),
-            config=model.config,
-            head="sequence-classification",
-            frozen=frozen,
-        )
+        return begun(model, module)
 
     return make
 
