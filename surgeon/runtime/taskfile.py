@@ -103,13 +103,18 @@ def private_copy(path: Path, directory: Path) -> tuple[Path, bytes]:
         data = path.read_bytes()
     except OSError as error:
         raise DeltaError(f"the task file cannot be read: {error.strerror}", where=str(path)) from error
+    return private_file(data, directory), data
+
+
+def private_file(data: bytes, directory: Path) -> Path:
+    """A file of these bytes under a fresh name."""
     try:
         handle, name = tempfile.mkstemp(suffix=SUFFIX, dir=directory)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
     except OSError as error:
         raise BuildError(f"no private copy of the task can be made: {error.strerror}", where=str(directory)) from error
-    return Path(name), data
+    return Path(name)
 
 
 def parse_adapter(copy: Path, data: bytes, where: str) -> TaskFile:

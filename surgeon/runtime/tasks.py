@@ -16,7 +16,7 @@ from onnxruntime import LoraAdapter, OrtValue, RunOptions
 from surgeon.errors import BuildError, SpecError
 from surgeon.runtime.fit import check_base, check_task, columns
 from surgeon.runtime.manifest import Manifest
-from surgeon.runtime.taskfile import SUFFIX, Array, parse_adapter, private_copy, write_adapter
+from surgeon.runtime.taskfile import SUFFIX, Array, parse_adapter, private_copy, private_file, write_adapter
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,11 @@ def load_task(
         parameters=sum(array.size for array in file.tensors.values()),
     )
     return _runnable(info, copy)
+
+
+def load_checked(info: TaskInfo, data: bytes, directory: Path) -> RunnableTask:
+    """Load the bytes of a task file that was checked before, from a copy in the private `directory`."""
+    return _runnable(info, private_file(data, directory))
 
 
 def _runnable(info: TaskInfo, path: Path) -> RunnableTask:
