@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from surgeon.errors import DataError, shorten
 from surgeon.runtime.taskfile import Array
+from surgeon.runtime.text import Text, length
 
 LOGITS = "logits"
 
@@ -21,6 +22,18 @@ class Answer:
     label: str
     score: float
     scores: Mapping[str, float]
+
+
+def by_length(texts: Sequence[Text], batch: int, answer: Callable[[Sequence[int]], Sequence[Answer]]) -> list[Answer]:
+    """Answers in the order of the texts, from `answer` of the numbers of a batch: of texts of like length, so that
+    little is spent on padding.
+    """
+    order = sorted(range(len(texts)), key=lambda i: length(texts[i]))
+    found: dict[int, Answer] = {}
+    for start in range(0, len(order), batch):
+        part = order[start : start + batch]
+        found.update(zip(part, answer(part), strict=True))
+    return [found[i] for i in range(len(texts))]
 
 
 def answers(outputs: Mapping[str, Array], labels: Sequence[str] | None) -> list[Answer]:

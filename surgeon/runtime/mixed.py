@@ -15,6 +15,7 @@ from surgeon.runtime.engine import WARNING
 from surgeon.runtime.fit import LABELS, check_task, columns
 from surgeon.runtime.manifest import MIXED, NO_TASK, Manifest, read_file
 from surgeon.runtime.ort import ORT_ERRORS
+from surgeon.runtime.single import refused
 from surgeon.runtime.taskfile import Array, parse_adapter, private_copy
 from surgeon.runtime.tasks import RunnableTask
 
@@ -94,10 +95,7 @@ class MixedGraph:
             try:
                 found = self._session.run(list(self._outputs), given, options)
             except ORT_ERRORS as error:
-                raise DataError(
-                    f"the model cannot run on these inputs: {str(error).strip()}",
-                    there_is="; ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in feed.items()),
-                ) from error
+                raise refused(error, feed) from error
         outputs = dict(zip(self._outputs, found, strict=True))
         return [
             {name: self._of(name, array[i], task) for name, array in outputs.items()} for i, task in enumerate(tasks)

@@ -121,7 +121,7 @@ def test_threads_that_drop_differently_disturb_no_answer(deployed):
     arrays = {n: t.numpy() for n, t in fed.items()}
     calls = [(task, drop) for task in "ab" for drop in (0, 1, 2)]
     wanted = {call: session.run(arrays, call[0], drop=call[1])["logits"] for call in calls}
-    for task in session._tasks.values():
+    for task in session._table._tasks.values():
         task._reduced.clear()
     wrong = []
 
@@ -142,12 +142,12 @@ def test_threads_that_drop_differently_disturb_no_answer(deployed):
 def test_a_removed_task_takes_its_reduced_files_along(deployed, tmp_path):
     _, session, fed, folder = deployed
     arrays = {n: t.numpy() for n, t in fed.items()}
-    before = set(session._private.iterdir())
+    before = set(session._table.private.iterdir())
     session.add_task(next((folder / "build" / "tasks").glob("b.*.onnx_adapter")), "c")
     session.run(arrays, "c", drop=1)
-    assert len(set(session._private.iterdir()) - before) == 2
+    assert len(set(session._table.private.iterdir()) - before) == 2
     session.remove_task("c")
-    assert set(session._private.iterdir()) == before
+    assert set(session._table.private.iterdir()) == before
 
 
 @pytest.mark.parametrize("layers", [-1, 3, 12, True, 1.5, "1"])

@@ -2,9 +2,9 @@
 Runtime.
 """
 
-from surgeon.runtime.generation.asking import Prompt
+from surgeon.runtime.generation.asking import Prompt, ask
 from surgeon.runtime.generation.options import Choice, check_counts, choice
 from surgeon.runtime.generation.rows import Listener, Written
 from surgeon.runtime.generation.writing import Decoder, write
 
-__all__ = ["Choice", "Decoder", "Listener", "Prompt", "Written", "check_counts", "choice", "write"]
+__all__ = ["Choice", "Decoder", "Listener", "Prompt", "Written", "ask", "check_counts", "choice", "write"]

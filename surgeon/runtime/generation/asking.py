@@ -15,59 +15,57 @@ from surgeon.runtime.generation.rows import Listener, Row, Voice
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from surgeon.runtime.reading import Reader
+
 Prompt = str | Sequence[int] | Sequence[Message]
 """A text, token ids, or a conversation."""
 
 
-def read_prompts(
-    prompts: Sequence[Prompt], tokenizer: Tokenizer | None, chat: Chat | None, *, room: int | None, taken: int
-) -> list[list[int]]:
-    """Every prompt's token ids; a conversation in its form. Raises DataError where one is empty or too long.
-
-    The base has `room` positions, of which the task's own tokens take some.
-    """
-    found = []
-    for number, prompt in enumerate(prompts):
-        ids = _read(prompt, number, tokenizer, chat)
-        if not ids:
-            raise DataError(f"prompt {number} has no tokens", try_="a prompt has at least one word")
-        if room is not None and len(ids) + taken > room:
-            raise DataError(
-                f"prompt {number} has {len(ids)} tokens, the base takes {room - taken} at most",
-                there_is=f"tokens of the task's own: {taken}" if taken else None,
-                try_="a shorter prompt: none is cut here",
-            )
-        found.append(list(ids))
-    return found
-
-
-def make_rows(
-    prompts: Sequence[list[int]],
-    tokenizer: Tokenizer | None,
+def ask(
+    prompts: Sequence[Prompt],
+    reader: Reader,
     *,
-    limit: int,
     room: int | None,
+    taken: int,
+    limit: int,
     seed: int,
     stop: Sequence[str],
     stream: Listener | None,
 ) -> list[Row]:
-    """A row for each prompt. `room` is how many positions there are for its text; the last token needs none."""
+    """A row for each prompt. Raises DataError for what is no prompt, is empty or too long.
+
+    The base has `room` positions, of which the task's own tokens take some; the last token written needs none.
+    """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise DataError("prompts are a list", try_="one prompt is a list of one")
+    chats = any(map(_is_chat, prompts))
+    words = bool(stop) or stream is not None or chats or any(isinstance(prompt, str) for prompt in prompts)
+    tokenizer = reader.tokenizer if words or reader.has_tokenizer else None
+    chat = reader.chat if chats else None
     rows = []
-    for number, ids in enumerate(prompts):
-        most = limit if room is None else min(limit, room - len(ids) + 1)
+    for number, prompt in enumerate(prompts):
+        ids = _read(prompt, number, tokenizer, chat)
+        _check(ids, number, room, taken)
+        most = limit if room is None else min(limit, room - taken - len(ids) + 1)
         say = None if stream is None else partial(stream, number)
         voice = None if tokenizer is None else Voice(tokenizer, stop, say)
         rows.append(Row(number, ids, most, np.random.default_rng(seed + number), voice))
     return rows
 
 
-def check_prompts(prompts: Sequence[Prompt]) -> None:
-    """Raise DataError for what is no list of prompts."""
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        raise DataError("prompts are a list", try_="one prompt is a list of one")
+def _check(ids: Sequence[int], number: int, room: int | None, taken: int) -> None:
+    """Raise DataError for a prompt that is empty or too long."""
+    if not ids:
+        raise DataError(f"prompt {number} has no tokens", try_="a prompt has at least one word")
+    if room is not None and len(ids) + taken > room:
+        raise DataError(
+            f"prompt {number} has {len(ids)} tokens, the base takes {room - taken} at most",
+            there_is=f"tokens of the task's own: {taken}" if taken else None,
+            try_="a shorter prompt: none is cut here",
+        )
 
 
-def is_chat(prompt: Prompt) -> bool:
+def _is_chat(prompt: Prompt) -> bool:
     """Whether a prompt is a conversation."""
     return isinstance(prompt, list | tuple) and any(isinstance(message, Mapping) for message in prompt)
 
@@ -76,7 +74,7 @@ def _read(prompt: Prompt, number: int, tokenizer: Tokenizer | None, chat: Chat |
     """Token ids of a prompt of any kind."""
     if tokenizer is not None and isinstance(prompt, str):
         return list(tokenizer.encode(prompt).ids)
-    if tokenizer is not None and chat is not None and is_chat(prompt):
+    if tokenizer is not None and chat is not None and _is_chat(prompt):
         text = chat.render(cast(Sequence[Message], prompt), number)
         return list(tokenizer.encode(text, add_special_tokens=False).ids)  # the template writes them
     ids = np.asarray(prompt) if isinstance(prompt, list | tuple | np.ndarray) else np.asarray("")

@@ -1,0 +1,48 @@
+"""A batch of one task in one run: the graph whose deltas are overridden by the task's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from onnxruntime import InferenceSession, RunOptions
+
+from surgeon.errors import DataError
+from surgeon.runtime.engine import WARNING
+from surgeon.runtime.manifest import Manifest
+from surgeon.runtime.ort import ORT_ERRORS
+from surgeon.runtime.taskfile import Array
+from surgeon.runtime.tasks import RunnableTask
+
+
+class SingleGraph:
+    """The first graph of a build. A decoder's scores whole texts: its cache begins empty and ends unread."""
+
+    def __init__(self, session: InferenceSession, manifest: Manifest) -> None:
+        self.session = session
+        self._cache = () if manifest.generation is None else manifest.generation.cache
+        inside = {tensor.present for tensor in self._cache}
+        self._outputs = [port.name for port in manifest.outputs if port.name not in inside]
+
+    def run(self, feed: Mapping[str, Array], active: RunnableTask | None) -> dict[str, Array]:
+        """The outputs by name. Raises DataError where the model cannot run on these inputs."""
+        rows = next(iter(feed.values())).shape[0]
+        given = {**feed, **{t.past.name: np.zeros(t.shape(batch=rows, past=0), t.past.dtype) for t in self._cache}}
+        options = RunOptions()
+        options.log_severity_level = WARNING
+        if active is not None:
+            active.activate(options)
+        # `active` must outlive the run: the options hold no reference to its tensors.
+        try:
+            outputs = self.session.run(self._outputs, given, options)
+        except ORT_ERRORS as error:
+            raise refused(error, feed) from error
+        return dict(zip(self._outputs, outputs, strict=True))
+
+
+def refused(error: Exception, feed: Mapping[str, Array]) -> DataError:
+    """The error for what ONNX Runtime says of a run."""
+    return DataError(
+        f"the model cannot run on these inputs: {str(error).strip()}",
+        there_is="; ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in feed.items()),
+    )
