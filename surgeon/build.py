@@ -224,6 +224,7 @@ def _document(contents: Contents, facts: Mapping[str, Any]) -> dict[str, Any]:
             "fingerprint": program.fingerprint,
             "parameters": sum(p.numel() for p in base.model.parameters()),
             "max_length": base.max_length,
+            "labels": _own_labels(base),
             "bytes": base_bytes(program),
             "stored": {entry.name: entry.form for entry in program.stored.values()},
             "drift": program.drift,
@@ -261,6 +262,12 @@ def _document(contents: Contents, facts: Mapping[str, Any]) -> dict[str, Any]:
         "tools": tool_versions(),
         **facts,
     }
+
+
+def _own_labels(base: Base) -> list[str] | None:
+    """Names of the classes of the base's own head, where it classifies and they have names."""
+    names = [*(base.model.config.id2label or {}).values()] if base.head == "sequence-classification" else []
+    return None if not names or all(name.startswith("LABEL_") for name in names) else names
 
 
 def _alone(axis: str | int) -> str | int:

@@ -212,6 +212,11 @@ class Program(Holding):
             found = functional_call(module, defaults, (), {name: t.to(device) for name, t in given.items()})
         return list(found)
 
+    @property
+    def taken(self) -> dict[str, str]:
+        """The base's parameters that are deltas now, and these."""
+        return {name: delta.name for name, (delta, _) in self._taken.items()}
+
     def take_over(self, site: Site, part: str, name: str, *, rate: float = 1.0, optional: bool = False) -> Delta:
         """Make the base's parameter `name` a delta that starts at its value; every reader reads the delta instead.
 

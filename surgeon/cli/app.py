@@ -42,7 +42,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Look": (looking.inspect, looking.plan, looking.count),
     "Build": (building.compile_, training.train, fusing.fusion, building.pack),
     "Run": (running.run, building.verify),
-    "Exchange": (foreign.import_, foreign.export),
+    "Exchange": (foreign.import_, foreign.export, foreign.merge),
 }
 for panel, commands in PANELS.items():
     for command in commands:

@@ -91,6 +91,31 @@ def export(
         say(str(folder))
 
 
+def merge(
+    build: Build,
+    task: Task,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write: absent or empty.")],
+    to: Annotated[
+        str, typer.Option("--to", help="`transformers`: a checkpoint. `onnx`: a build of it, without tasks.")
+    ] = "transformers",
+    json: Json = False,
+) -> None:
+    """Put a task into its base for good: a plain model with other numbers, and nothing beside them.
+
+    It works for what a base can hold: LoRA, DoRA, IA3, biases, norms, heads. Adapters and virtual tokens are refused.
+
+    Example: `surgeon merge build --task sentiment -o sentiment-model`
+    """
+    from surgeon.merging import merge_task
+
+    with steps(silent=json) as progress:
+        folder = merge_task(build, task, out, to=to, progress=progress)
+    if json:
+        emit({"build": str(build), "task": task, "to": to, "folder": str(folder)})
+    else:
+        say(str(folder))
+
+
 def _tasks(folders: list[str], task: str | None) -> dict[str, str]:
     """Task to folder. Raises SpecError where two folders are one task."""
     if task is not None and len(folders) > 1:

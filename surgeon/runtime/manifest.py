@@ -41,6 +41,8 @@ class Base:
     fingerprint: str
     parameters: int
     max_length: int | None
+    labels: tuple[str, ...] | None = None
+    """Names of the classes of its own head, where it has such."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,7 @@ def parse_manifest(doc: object, where: str) -> Manifest:
             fingerprint=base.fingerprint("fingerprint"),
             parameters=base.get("parameters", int),
             max_length=base.optional("max_length", int),
+            labels=_labels(base),
         ),
         opset=top.get("opset", int),
         ir_version=top.get("ir_version", int),
@@ -338,18 +341,22 @@ def _generation(item: Fields) -> Generation:
 
 
 def _task(name: str, item: Fields) -> Task:
-    labels = item.optional("labels", list)
-    if labels is not None and not all(isinstance(label, str) for label in labels):
-        raise item.fault("labels", "a list of names or null")
     hashes = item.fields("sha256")
     return Task(
         name=name,
-        labels=None if labels is None else tuple(labels),
+        labels=_labels(item),
         adapter=item.inside(item.get("adapter", str)),
         weights=item.inside(item.get("weights", str)),
         adapter_sha256=hashes.get("adapter", str),
         weights_sha256=hashes.get("weights", str),
     )
+
+
+def _labels(item: Fields) -> tuple[str, ...] | None:
+    labels = item.optional("labels", list)
+    if labels is not None and not all(isinstance(label, str) for label in labels):
+        raise item.fault("labels", "a list of names or null")
+    return None if labels is None else tuple(labels)
 
 
 def _file(item: Fields) -> File:

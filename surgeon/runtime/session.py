@@ -187,9 +187,9 @@ class Session:
             own = [active[names[i]] for i in part]
             inputs = self._encode([texts[i] for i in part], max_length, own)
             if one:
-                return answers(self._run(inputs, own[0]), _labels(own[0]))
+                return answers(self._run(inputs, own[0]), self._labels(own[0]))
             rows = zip(own, self._run_rows(inputs, own, range(len(part))), strict=True)
-            return [answers({name: array[None] for name, array in row.items()}, _labels(t))[0] for t, row in rows]
+            return [answers({name: array[None] for name, array in row.items()}, self._labels(t))[0] for t, row in rows]
 
         return by_length(texts, batch, answer)
 
@@ -309,6 +309,7 @@ class Session:
             raise BuildError("this session is closed", where=str(self._build))
         return graph
 
-
-def _labels(task: RunnableTask | None) -> Sequence[str] | None:
-    return None if task is None else task.info.labels
+    def _labels(self, task: RunnableTask | None) -> Sequence[str] | None:
+        """Names of the classes; of the base's own where the task brings no head."""
+        own = None if task is None else task.info.labels
+        return self._manifest.base.labels if own is None and (task is None or task.info.columns is None) else own
