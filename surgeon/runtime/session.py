@@ -18,6 +18,7 @@ from surgeon.runtime.manifest import MODEL, Manifest, check_files, read_manifest
 from surgeon.runtime.mixed import MixedGraph, PerRow, open_mixed, rows_of
 from surgeon.runtime.reading import Reader
 from surgeon.runtime.single import SingleGraph
+from surgeon.runtime.store import TaskStore
 from surgeon.runtime.table import TaskTable
 from surgeon.runtime.taskfile import Array
 from surgeon.runtime.tasks import RunnableTask, TaskInfo
@@ -33,6 +34,8 @@ class Session:
     `fusions` names graph optimizers of ONNX Runtime to leave out; "all" leaves out none.
     Of a build with the mode `mixed`, `resident` tasks (and `resident_bytes` of them, where given) are at hand at once
     for batches of several tasks; others come in when they are named, for those used longest ago.
+    With a `store`, a folder or URL of task files (or a `TaskStore`), a task that is named is looked for there first, as
+    it is at that moment; `resident` of them are held, too. Tasks are then added to the store and removed from it.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Session:
         fusions: Fusions = "all",
         resident: int = 64,
         resident_bytes: int | None = None,
+        store: str | Path | TaskStore | None = None,
     ) -> None:
         if isinstance(fusions, str) and fusions != "all":
             raise SpecError(f"fusions is 'all' or a list of names, not '{fusions}'", try_=f"fusions=['{fusions}']")
@@ -57,7 +61,9 @@ class Session:
         self._single: SingleGraph | None = SingleGraph(self._opening(self._build, self._manifest), self._manifest)
         self._mixed: MixedGraph | None = None
         self._lock, self._mixing = threading.Lock(), threading.Lock()
-        self._table = TaskTable(self._build, self._manifest, verify=verify)
+        if store is not None and not isinstance(store, TaskStore):
+            store = TaskStore(store, self._manifest)
+        self._table = TaskTable(self._build, self._manifest, verify=verify, store=store, limits=self._bounds)
 
     @classmethod
     def tuned(
@@ -94,6 +100,17 @@ class Session:
     def tasks(self) -> Mapping[str, TaskInfo]:
         """The tasks of this moment, by name. Later changes do not show in the mapping."""
         return self._table.infos
+
+    def task(self, name: str) -> TaskInfo:
+        """What is known of one task, which is at hand from then on. Raises SpecError for an unknown one."""
+        task = self._table.find(name)
+        if task is None:
+            raise SpecError("the base is no task")
+        return task.info
+
+    def names(self) -> list[str]:
+        """The names of all tasks of this moment."""
+        return list(self._table.infos)
 
     @overload
     def run(self, inputs: Mapping[str, Any], task: str | None = None, *, drop: int = 0) -> dict[str, Array]: ...
@@ -195,9 +212,11 @@ class Session:
 
     @property
     def resident(self) -> tuple[str, ...]:
-        """Names of the tasks at hand for batches of several tasks, the one used longest ago first."""
+        """Names of the tasks at hand that others may take the place of, the one used longest ago first: those in the
+        bank of mixed batches, and those of a store.
+        """
         mixed = self._mixed
-        return () if mixed is None else mixed.bank.tasks
+        return tuple(dict.fromkeys((*self._table.held, *(() if mixed is None else mixed.bank.tasks))))
 
     def generate(
         self,

@@ -21,12 +21,13 @@ class Written:
     """A text that was written: without the prompt, an end token and a stop string.
 
     `tokens` are all that the model gave. `reason` is `end` for its own end, `stop` for a stop string, `length` where
-    it was cut. `text` is empty where the build has no tokenizer.
+    it was cut. `text` is empty where the build has no tokenizer; `prompt` is how many tokens were there before.
     """
 
     text: str
     tokens: tuple[int, ...]
     reason: Reason
+    prompt: int
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Row:
     def written(self) -> Written:
         """The whole of it."""
         assert self.reason is not None
-        return Written("" if self.voice is None else self.voice.text, tuple(self.tokens), self.reason)
+        return Written("" if self.voice is None else self.voice.text, tuple(self.tokens), self.reason, len(self.prompt))
 
 
 class Voice:

@@ -27,6 +27,7 @@ class Stored:
 
     task: RunnableTask
     version: Hashable
+    nbytes: int
 
 
 class TaskStore:
@@ -102,7 +103,7 @@ class TaskStore:
         """A task ready to run, its file a copy in `directory`. Raises as `info`."""
         version = self.version(name)
         data, found = self._read(name)
-        return Stored(load_checked(found.info, data, directory), version)
+        return Stored(load_checked(found.info, data, directory), version, len(data))
 
     def unknown(self, name: str) -> SpecError:
         """The error for a name that no task has."""
