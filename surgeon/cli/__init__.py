@@ -16,7 +16,11 @@ from surgeon.errors import SpecError, SurgeonError
 
 EXTRAS = dict.fromkeys(
     ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "yaml", "networkx"), "compile"
-) | {"accelerate": "train", "bitsandbytes": "qlora"}
+) | {
+    "accelerate": "train",
+    "bitsandbytes": "qlora",
+    **dict.fromkeys(("starlette", "uvicorn", "httptools", "prometheus_client", "anyio"), "serve"),
+}
 """The extra that installs a package a command may need."""
 
 INTERRUPTED = 130

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from surgeon import __version__
-from surgeon.cli import building, foreign, fusing, looking, running, training, writing
+from surgeon.cli import building, foreign, fusing, looking, running, serving, training, writing
 
 app = typer.Typer(
     name="surgeon",
@@ -41,7 +41,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Write": (writing.init, writing.list_, writing.schema),
     "Look": (looking.inspect, looking.plan, looking.count),
     "Build": (building.compile_, training.train, fusing.fusion, building.pack),
-    "Run": (running.run, building.verify),
+    "Run": (running.run, serving.serve, building.verify),
     "Exchange": (foreign.import_, foreign.export, foreign.merge),
 }
 for panel, commands in PANELS.items():

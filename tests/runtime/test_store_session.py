@@ -94,7 +94,7 @@ def test_what_others_change_shows_at_the_next_call(
         assert session.resident == ("t1",)
         assert session.tasks["t1"].sizes["r_query"] == 6
         store.remove("t1")
-        with pytest.raises(SpecError, match="did you mean"):
+        with pytest.raises(SpecError, match="there is no task"):
             session.run(inputs, "t1")
         assert "t1" not in session.tasks
 
