@@ -15,7 +15,7 @@ from surgeon.build import BASE, Contents, check_writable, pack_tasks, write_buil
 from surgeon.errors import BuildError, DeltaError, InvariantError, SpecError, did_you_mean
 from surgeon.exporters.quantise import check_weights
 from surgeon.ledger import Delta, symbols
-from surgeon.model import TaskModel
+from surgeon.model import TaskModel, on_cpu
 from surgeon.module import switchable
 from surgeon.passes import Pass
 from surgeon.pipeline import run_passes
@@ -93,9 +93,9 @@ class Compiled:
     def save(self, out: str | Path, *, progress: Progress | None = None) -> Path:
         """Write the build directory `out`, which must be absent or empty."""
         models = {task: self.model(task) for task in self.tasks}
-        return write_build(
-            Contents(self.spec, self.base, self.served or self.program, models), Path(out), progress or _silent
-        )
+        contents = Contents(self.spec, self.base, self.served or self.program, models)
+        with on_cpu(models.values()):
+            return write_build(contents, Path(out), progress or _silent)
 
     def pack(self, build: str | Path, *tasks: str) -> None:
         """Put the present weights of `tasks` into an existing build, all at once; the others stay as they are.

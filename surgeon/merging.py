@@ -23,7 +23,7 @@ from surgeon.base import write_base
 from surgeon.build import check_writable
 from surgeon.compiler import Compiled, compile, load
 from surgeon.errors import DeltaError, InvariantError, SpecError, did_you_mean, shorten
-from surgeon.model import task_config
+from surgeon.model import TaskModel, on_cpu, task_config
 from surgeon.module import switchable
 from surgeon.trace import sample_inputs, vocabulary
 
@@ -45,6 +45,11 @@ def merge(compiled: Compiled, task: str) -> PreTrainedModel:
     Raises DeltaError where the base cannot hold what the task does, and says why.
     """
     model = compiled.model(task)
+    with on_cpu([model]):
+        return _merged(compiled, task, model)
+
+
+def _merged(compiled: Compiled, task: str, model: TaskModel) -> PreTrainedModel:
     merged: Any = copy.deepcopy(compiled.base.model)
     merged.eval()
     tensors = _Merging(compiled, {n: t.detach() for n, t in model.deployed().items()}).tensors()
@@ -216,8 +221,8 @@ class _Region:
         return out.reshape(len(rows), -1)
 
     def _precise(self, tensor: Tensor) -> Tensor:
-        stored, device = self._compiled.program.stored, next(self._compiled.program.graph_module.parameters()).device
-        return tensor.to(device, torch.float64 if tensor.is_floating_point() and not stored else None)
+        exact = tensor.is_floating_point() and not self._compiled.program.stored
+        return tensor.double() if exact else tensor
 
     def _value(self, name: str) -> Tensor:
         program = self._compiled.program
@@ -251,12 +256,11 @@ def _free(size: Any) -> Iterable[Any]:
 def _compare(compiled: Compiled, task: str, merged: PreTrainedModel) -> None:
     """Let both answer. Raises InvariantError where they differ: a fault of Surgeon's."""
     model = compiled.model(task)
-    device = next(model.parameters()).device
-    inputs = sample_inputs(compiled.program.inputs, vocabulary(compiled.base.model), device)
+    inputs = sample_inputs(compiled.program.inputs, vocabulary(compiled.base.model), torch.device("cpu"))
     training = model.training
     with torch.no_grad():
         wanted = next(iter(model.eval()(**inputs).values()))
-        found = next(iter(cast(Any, merged).to(device)(**inputs).values()))
+        found = next(iter(merged(**inputs).values()))
     model.train(training)
     if wanted.shape != found.shape or (wanted - found).abs().max() > EXACT * wanted.abs().max().clamp(min=1):
         raise InvariantError(f"task '{task}', merged into its base, answers otherwise than beside it")

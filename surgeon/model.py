@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,6 +15,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 
 from surgeon.errors import DeltaError, shorten
 from surgeon.ledger import Ledger, Start, initial
+from surgeon.module import place
 from surgeon.packing import packed
 from surgeon.probes import Probe, Reader
 from surgeon.recompute import recomputed
@@ -91,7 +93,8 @@ class TaskModel(nn.Module):
         self._trained = {n: start for n, start in starts.items() if n not in kept}
         self._kept = frozenset(kept)
         self._replaced = [n for n in ledger.deltas if any(n in fold.outputs for fold in ledger.folds)]
-        self.drop()
+        self._left_out = ledger.left_out
+        self.to(device)  # what is no parameter of the base may still be where it was traced
         self.schedules = [make() for make in ledger.schedules]
 
     def _own(self, name: str, parameter: nn.Parameter | None) -> None:
@@ -103,6 +106,15 @@ class TaskModel(nn.Module):
                 module.add_module(part, nn.Module())
             module = module._modules[part]  # type: ignore[assignment]
         module._parameters[leaf] = parameter
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Behind every move to another device or type: what the graph makes itself goes along."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = next(self.parameters()).device
+        for graph in (self._graph, *self._twins.values()):
+            place(graph, device)
+        self.drop(self._left_out)
+        return self
 
     def forward(
         self,
@@ -178,7 +190,8 @@ class TaskModel(nn.Module):
 
         Without a number it is what the spec leaves out: nothing, but for `drop: {layers: n}`.
         """
-        names = self.ledger.dropped(self.ledger.left_out if layers is None else layers)
+        self._left_out = self.ledger.left_out if layers is None else layers
+        names = self.ledger.dropped(self._left_out)
         device = next(self.parameters()).device
         self._dropped = {n: self.ledger.deltas[n].default.to(device) for n in names}
 
@@ -257,6 +270,19 @@ class TaskModel(nn.Module):
             else:
                 self._own(name, nn.Parameter(fresh.clone(), requires_grad=own.requires_grad))
         return torch.nn.modules.module._IncompatibleKeys([], [])
+
+
+@contextmanager
+def on_cpu(models: Iterable[TaskModel]) -> Iterator[None]:
+    """Have models, and with them their base, on the CPU until the end of the block."""
+    devices = [(model, next(model.parameters()).device) for model in models]
+    for model, _ in devices:
+        model.cpu()
+    try:
+        yield
+    finally:
+        for model, device in devices:
+            model.to(device)
 
 
 def _as_often(labels: Tensor, output: Any) -> Tensor:

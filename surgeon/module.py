@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 
@@ -89,3 +92,14 @@ def _make_switchable(
     switched.meta = dict(node.meta)
     node.replace_all_uses_with(switched)
     root.graph.erase_node(node)
+
+
+def place(graph_module: fx.GraphModule, device: torch.device) -> None:
+    """Let what a graph makes itself, such as positions, be made on `device`: a trace has written its own into it."""
+
+    def moved(argument: Any) -> Any:
+        return device if isinstance(argument, torch.device) else argument
+
+    for node in graph_module.graph.nodes:
+        node.args, node.kwargs = tree_map(moved, node.args), tree_map(moved, node.kwargs)
+    graph_module.recompile()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import surgeon
+from surgeon.errors import SpecError
 from surgeon.train import TrainOptions, builds
 
 
@@ -30,3 +31,9 @@ def test_a_run_stopped_after_its_outcome_was_packed_does_not_stand_in_the_way(
     result = builds.train_build(build, {"a": builds.Files(data)}, options=options)
     assert result.resumed_from is None
     assert not (build / builds.CHECKPOINTS).exists()
+
+
+@pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path: Path, device: str) -> None:
+    with pytest.raises(SpecError, match=f"cannot train on '{device}'"):
+        builds.train_build(tmp_path / "no build", {"a": builds.Files(tmp_path / "no data")}, device=device)

@@ -83,6 +83,9 @@ def train(
         int | None, typer.Option("--checkpoint-steps", help="Steps between checkpoints; there is one after each epoch.")
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads.")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, cuda, cuda:1, … [a GPU where there is one]")
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over: forget an interrupted run, and the weights packed before.")
     ] = False,
@@ -143,6 +146,7 @@ def train(
             columns=_columns(column or [], text=text_column, label=label_column),
             fresh=fresh,
             train_base=train_base,
+            device=device,
             options=options,
             progress=_bar(report) if report else None,
             report=report,

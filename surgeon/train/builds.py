@@ -46,6 +46,7 @@ def train_build(
     columns: Mapping[str, str] = MappingProxyType({}),
     fresh: bool = False,
     train_base: str | Path | None = None,
+    device: str | None = None,
     options: TrainOptions | None = None,
     progress: ProgressCallback | None = None,
     report: Callable[[str], None] | None = None,
@@ -54,13 +55,15 @@ def train_build(
 
     `columns` gives other names for those of the files. A run that was stopped goes on when called again with the same
     data and options; `fresh` forgets it, and the packed weights too, but for frozen ones. The build changes only at
-    the end, at once. With `train_base` the base's own weights are trained too: then the build stays as it was, and one
-    of these tasks over the new base is written there, the base itself in its folder `base`.
+    the end, at once. `device` is torch's word for where; unset it is a GPU where there is one. With `train_base` the
+    base's own weights are trained too: then the build stays as it was, and one of these tasks over the new base is
+    written there, the base itself in its folder `base`.
 
     Where `accelerate launch` or `torchrun` has started several processes, all of them call this: each takes a share of
     every batch, and the first writes.
     """
     team = processes()
+    place = team.device or _device(device)
     build, say = Path(build), (report if team.leads else None) or (lambda _: None)
     tasks = sorted(files)
     folder = build / CHECKPOINTS / _folder_name(tasks)
@@ -71,9 +74,8 @@ def train_build(
     early = {task: _rows(of, files[task], columns) for task, of in known.items() if of is not None}
     compiled = load(build, progress=say)
     models = {task: compiled.model(task) for task in tasks}
-    if team.device is not None:
-        for model in models.values():
-            model.to(team.device)
+    for model in models.values():
+        model.to(place)
     rows = {task: early.get(task) or _rows(kind_of(model), files[task], columns) for task, model in models.items()}
     if team.leads and (fresh or (train_base is None and _packed_already(folder, models))):
         clear_checkpoints(folder)
@@ -105,6 +107,18 @@ def train_build(
             shutil.rmtree(folder.parent)
     team.wait()
     return result
+
+
+def _device(wanted: str | None) -> torch.device:
+    """Where to train. Raises SpecError for a device that is not there."""
+    try:
+        device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's words for an unknown device, and for one it cannot use
+        raise SpecError(
+            f"cannot train on '{wanted}': {str(error).strip().splitlines()[0]}", where="surgeon train", try_="cpu"
+        ) from error
+    return device
 
 
 def _folder_name(tasks: Sequence[str]) -> str:

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import surgeon
+from surgeon.module import place
 
 if TYPE_CHECKING:
     from techniques.conftest import Lab
 
     from surgeon.model import TaskModel
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = torch.device("cuda:0")
 
 SURGERY = {
     "lora and biases": ("bert", [{"lora": {"rank": 3}}, {"bitfit": {}}, {"head": {}}]),
@@ -26,7 +28,7 @@ SURGERY = {
     "prefix": ("gpt2", [{"prefix": {"length": 3}}, {"ia3": {}}]),
     "prefix with an MLP": ("t5", [{"prefix": {"length": 3, "hidden": 8}}]),
     "prompt": ("llama", [{"prompt": {"length": 3}}]),
-    "p-tuning": ("bert", [{"p_tuning": {}}]),
+    "p-tuning": ("bert", [{"p_tuning": {"encoder": "mlp"}}]),
     "vera": ("gpt2", [{"vera": {"rank": 8}}]),
     "qlora": ("llama", [{"qlora": {"rank": 3}}]),
     "full": ("bert", [{"full": {}}]),
@@ -58,6 +60,25 @@ def losses(model: TaskModel, batches: list[dict[str, Tensor]]) -> list[float]:
     return found
 
 
+@pytest.mark.parametrize("name", ["lora and biases", "prefix", "prefix with an MLP", "prompt", "qlora"])
+def test_nothing_is_made_on_another_device_than_the_models(lab: Lab, name: str) -> None:
+    """Tensors without numbers pretend to be on a GPU, so that a machine without one can tell."""
+    kind, surgery = SURGERY[name]
+    base = lab.apart(lab.base(kind))
+    model = lab.operate(base, *surgery).model("a")
+    feed = {n: t for n, t in lab.batch(base).items() if n != "labels"}
+    place(model._graph, GPU)
+    for _ in (model.train(), model.eval()):
+        with FakeTensorMode():
+            tensors = {
+                n: torch.empty(t.shape, dtype=t.dtype, device=GPU)
+                for n, t in (*model.named_parameters(), *model.named_buffers())
+            }
+            given = {n: torch.ones(t.shape, dtype=t.dtype, device=GPU) for n, t in feed.items()}
+            assert torch.func.functional_call(model, tensors, (), given).logits.device == GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", SURGERY)
 def test_a_task_answers_trains_and_is_served_as_on_the_cpu(lab: Lab, tmp_path: Path, name: str) -> None:
     kind, surgery = SURGERY[name]
