@@ -34,6 +34,15 @@ class Patient(HttpToolsProtocol):
             self.transport.close()
 
 
+class Stoppable(uvicorn.Server):
+    """A signal that asked for the end, and got it, is done with: uvicorn would raise it once more."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End what is under way."""
+        await super().shutdown(sockets)
+        self._captured_signals.clear()
+
+
 def serve(
     build: str | Path,
     *,
@@ -59,7 +68,7 @@ def serve(
         with Session(build, threads=threads, resident=resident, store=store) as session:
             server = make_server(session, limits, resident=resident, runners=runners, token=token, base=base)
             say("listening", host=host, port=listening.getsockname()[1], build=str(build))
-            uvicorn.Server(configure(server, limits)).run(sockets=[listening])
+            Stoppable(configure(server, limits)).run(sockets=[listening])
     finally:
         listening.close()
 

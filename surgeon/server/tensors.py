@@ -113,7 +113,7 @@ def _tensor(item: Any, rest: memoryview) -> tuple[str, Array, int]:
     if not isinstance(name, str) or not name:
         raise DataError("an input has no name")
     kind, shape = fields.get("datatype"), fields.get("shape")
-    if kind not in DATATYPES:
+    if not isinstance(kind, str) or kind not in DATATYPES:
         raise DataError(f"input '{name}' has datatype {kind!r}", there_is=shorten(DATATYPES, 13))
     if not isinstance(shape, list) or len(shape) > 8 or not all(type(size) is int and size >= 0 for size in shape):
         raise DataError(f"input '{name}' has no shape that is a list of sizes", there_is=repr(shape)[:80])

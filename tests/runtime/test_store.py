@@ -163,7 +163,7 @@ def test_two_processes_write_and_a_third_reads(
     writers = [_writer(build, tmp_path / "store", mine) for mine in files]
     seen: set[float] = set()
     try:
-        end = time.monotonic() + 1.5
+        end = time.monotonic() + 1.0
         while time.monotonic() < end:
             for name in store.names():
                 try:
@@ -184,7 +184,7 @@ def test_a_writer_killed_at_any_moment_leaves_it_readable(
     store: TaskStore, build: Path, marked: Callable[..., Path], tmp_path: Path
 ) -> None:
     files = [marked(float(number), 1 + number) for number in (1, 2, 3)]
-    for moment in np.linspace(0.001, 0.1, 4):
+    for moment in (0.005, 0.06):
         writer = _writer(build, tmp_path / "store", files)
         time.sleep(moment)
         _kill(writer)

@@ -1,0 +1,141 @@
+"""OpenAI's protocol, spoken by its own client: what is written is what the session writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import surgeon
+from surgeon.runtime.taskfile import SUFFIX
+from surgeon.server.limits import Limits
+from tests.server.conftest import Live, write_task
+
+TEMPLATE = (
+    "{% for m in messages %}{{ ('<u> ' if m.role == 'user' else '<a> ') + m.content + ' </s> ' }}{% endfor %}<a> "
+)
+CHAT = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7"}, {"role": "user", "content": "w8"}]
+
+
+@pytest.fixture(scope="module")
+def live(
+    tiny: Callable[..., Any], serving: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Live]:
+    folder = tmp_path_factory.mktemp("writing")
+    tiny("llama", num_hidden_layers=1, eos_token_id=1, initializer_range=0.3).save_pretrained(folder / "base")
+    words = {"<p>": 0, "</s>": 1, "[UNK]": 2, "<u>": 3, "<a>": 4, **{f"w{i}": i for i in range(5, 100)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "base" / "tokenizer.json"))
+    (folder / "base" / "chat_template.jinja").write_text(TEMPLATE)
+    surgeon.compile(
+        {
+            "base": {"model": str(folder / "base"), "head": "causal-lm"},
+            "surgery": [{"lora": {"rank": 4}}],
+            "tasks": {"a": {}},
+            "export": {"generate": True},
+        },
+        out=folder / "build",
+    )
+    with serving(folder / "build", Limits(writers=2, deadline=20)) as server:
+        server.session.add_task(write_task(folder / "build", folder / f"b{SUFFIX}", seed=1))
+        yield server
+
+
+@pytest.fixture
+def client(live: Live) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"http://{live.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["base", "a", "b"]
+
+
+@pytest.mark.parametrize("task", ["base", "b"])
+def test_completions_are_the_sessions(live: Live, client: openai.OpenAI, task: str) -> None:
+    prompts = ["w5 w6 w7", "w9"]
+    right = live.session.generate(prompts, None if task == "base" else task, max_new_tokens=12)
+    found = client.completions.create(model=task, prompt=prompts, max_tokens=12, temperature=0)
+    assert [choice.text for choice in found.choices] == [row.text for row in right]
+    reasons = {"end": "stop", "stop": "stop", "length": "length"}
+    assert [choice.finish_reason for choice in found.choices] == [reasons[row.reason] for row in right]
+    assert found.usage is not None
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (4, sum(len(row.tokens) for row in right))
+    pieces = ["", ""]
+    reasons_ = {}
+    for event in client.completions.create(model=task, prompt=prompts, max_tokens=12, temperature=0, stream=True):
+        for choice in event.choices:
+            pieces[choice.index] += choice.text
+            reasons_[choice.index] = choice.finish_reason
+    assert pieces == [row.text for row in right]
+    assert [reasons_[i] for i in range(2)] == [reasons[row.reason] for row in right]
+
+
+def test_token_ids_seeds_stops_and_several_answers(live: Live, client: openai.OpenAI) -> None:
+    drawn = {"max_tokens": 8, "seed": 5, "temperature": 1.5, "top_p": 0.9}
+    right = live.session.generate([[5, 6, 7]] * 2, "b", max_new_tokens=8, seed=5, temperature=1.5, top_p=0.9)
+    found = client.completions.create(model="b", prompt=[5, 6, 7], n=2, **drawn)
+    assert [choice.text for choice in found.choices] == [row.text for row in right]
+    first = client.completions.create(model="b", prompt="w5", temperature=0, max_tokens=6).choices[0].text
+    word = first.split()[2]
+    stopped = client.completions.create(model="b", prompt="w5", temperature=0, max_tokens=6, stop=[word]).choices[0]
+    assert (stopped.finish_reason, stopped.text) == ("stop", first[: first.index(word)])
+
+
+def test_conversations(live: Live, client: openai.OpenAI) -> None:
+    [right] = live.session.generate([CHAT], "b", max_new_tokens=10)
+    asked: dict[str, Any] = {"model": "b", "messages": CHAT, "temperature": 0, "max_completion_tokens": 10}
+    found = client.chat.completions.create(**asked)
+    assert found.choices[0].message.content == right.text
+    assert found.usage is not None
+    assert found.usage.prompt_tokens == right.prompt
+    events = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert events[0].choices[0].delta.role == "assistant"
+    assert "".join(c.delta.content or "" for event in events for c in event.choices) == right.text
+    assert events[-1].usage == found.usage
+
+
+def test_what_is_not_done_is_told(live: Live, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="there is no task 'c'"):
+        client.completions.create(model="c", prompt="w5")
+    for wrong, says in (
+        ({"logprobs": 3}, "'logprobs' is not done here"),
+        ({"echo": True}, "'echo' is not done here"),
+        ({"n": 17}, "16 are the most"),
+        ({"n": 0}, "'n' is a whole number"),
+        ({"max_tokens": -1}, "'max_tokens' is a whole number"),
+        ({"temperature": -1.0}, "temperature is a number from 0"),
+        ({"temperature": "hot"}, "'temperature' is a number"),
+        ({"top_p": 0}, "top_p is a share"),
+        ({"stop": [""]}, "'stop' is a string"),
+        ({"prompt": []}, "'prompt' is missing"),
+        ({"prompt": ["w5", 3]}, "neither a text"),
+        ({"prompt": ""}, "has no tokens"),
+        ({"prompt": "w5 " * 65}, "the base takes 64 at most"),
+        ({"prompt": [10**6]}, "cannot run on these inputs"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=says):
+            client.completions.create(**{"model": "b", "prompt": "w5", **wrong})  # type: ignore[call-overload]
+    with pytest.raises(openai.BadRequestError, match="content is a text"):
+        client.chat.completions.create(model="b", messages=[{"role": "user", "content": 3}])  # type: ignore[typeddict-item]
+    assert client.completions.create(model="b", prompt="w5").choices[0].text
+
+
+def test_a_stream_that_nobody_reads_ends(live: Live, client: openai.OpenAI) -> None:
+    """The thread that writes for a client who went away is free again for others."""
+    for _ in range(6):
+        with client.completions.create(model="b", prompt="w5", max_tokens=60, stream=True) as events:
+            next(iter(events))
+    assert client.completions.create(model="b", prompt="w5", max_tokens=2).choices[0].text
+
+
+def test_a_deadline_ends_the_writing(live: Live, tmp_path: Path, serving: Callable[..., Any]) -> None:
+    build = live.session._build
+    with serving(build, Limits(deadline=0.002)) as hurried:
+        reply = hurried.call("POST", "/v1/completions", {"model": "a", "prompt": "w5", "max_tokens": 60})
+        assert (reply.status, "within the deadline" in reply.json["error"]["message"]) == (504, True)
