@@ -5,8 +5,6 @@ Passes write it; everything after them (training, saving, ONNX, switching, repor
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -15,10 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surgeon.errors import CompositionError
-
-Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
-"""Gives the starting value of a trained tensor, from its shape and a seeded generator."""
+from surgeon.errors import CompositionError, DeltaError, shorten
+from surgeon.starts import ByLabels, Init, generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,17 +240,6 @@ class Ledger:
         return {n: d.default for n, d in self.deltas.items()}
 
 
-@dataclass(frozen=True)
-class ByLabels:
-    """An Init that depends on the names of the task's labels too: empty where it has none, None without a task."""
-
-    fn: Callable[[tuple[int, ...], torch.Generator, Sequence[str] | None], Tensor]
-    labels: Sequence[str] | None = None
-
-    def __call__(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-        return self.fn(shape, rng, self.labels)
-
-
 def initial(
     ledger: Ledger, seed: str, sizes: Mapping[str, int] | None = None, labels: Sequence[str] | None = None
 ) -> dict[str, Tensor]:
@@ -269,46 +254,42 @@ def initial(
     return fresh
 
 
-def generator(text: str) -> torch.Generator:
-    """A generator seeded by a text."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
-
-
 def symbols(deltas: Iterable[Delta]) -> dict[str, int]:
     """Every free symbol with the size this spec gives it."""
     return {symbol: delta.shape[axis] for delta in deltas for axis, symbol in delta.free.items()}
 
 
-def zeros(shape: tuple[int, ...], _: torch.Generator) -> Tensor:
-    """All zeros."""
-    return torch.zeros(shape)
+def check_trained(
+    ledger: Ledger, wanted: Mapping[str, Start], tensors: Mapping[str, Tensor], sizes: Mapping[str, int]
+) -> None:
+    """Raise DeltaError unless `tensors` are exactly those wanted, finite and of fitting shapes.
+
+    Free axes of one symbol must be of one size, and of the one that `sizes` gives it.
+    """
+    missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    if missing or extra:
+        raise DeltaError(
+            f"{len(missing)} of {len(wanted)} tensors are missing and {len(extra)} do not belong here",
+            there_is=f"missing: {shorten(missing) or 'none'}; unexpected: {shorten(extra) or 'none'}",
+            try_="compile the spec these weights were trained with",
+        )
+    known = dict(sizes)
+    for name, start in wanted.items():
+        tensor = tensors[name]
+        free = ledger.free(name)
+        fits = tensor.dim() == len(start.shape) and all(
+            got == (known.setdefault(free[axis], got) if axis in free else size)
+            for axis, (got, size) in enumerate(zip(tensor.shape, start.shape, strict=True))
+        )
+        if not fits:
+            raise DeltaError(f"{name} has shape {list(tensor.shape)}, expected {_shape(start.shape, free, known)}")
+        empty = [free[axis] for axis in ledger.least(name) if not tensor.shape[axis]]
+        if empty:
+            raise DeltaError(f"{empty[0]} is 0 in {name}, and must be 1 at least")
+        if not torch.isfinite(tensor).all():
+            bad = (~torch.isfinite(tensor)).sum().item()
+            raise DeltaError(f"NaN or infinity in {name} ({bad} of {tensor.numel()} values)")
 
 
-def ones(shape: tuple[int, ...], _: torch.Generator) -> Tensor:
-    """All ones."""
-    return torch.ones(shape)
-
-
-def normal(std: float) -> Init:
-    """Zero-mean Gaussian."""
-    return lambda shape, rng: torch.randn(shape, generator=rng) * std
-
-
-def truncated_normal(std: float, bound: float) -> Init:
-    """Zero-mean Gaussian cut at `bound` on either side."""
-    return lambda shape, rng: torch.nn.init.trunc_normal_(torch.empty(shape), 0.0, std, -bound, bound, generator=rng)
-
-
-def kaiming_uniform(fan_in_axis: int) -> Init:
-    """Kaiming's uniform with a = √5, that is U(±1/√fan_in)."""
-
-    def init(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-        bound = 1 / math.sqrt(shape[fan_in_axis])
-        return (torch.rand(shape, generator=rng) * 2 - 1) * bound
-
-    return init
-
-
-def value(tensor: Tensor) -> Init:
-    """A given value, such as the base's own bias."""
-    return lambda _shape, _rng: tensor.detach().clone()
+def _shape(shape: tuple[int, ...], free: Mapping[int, str], known: Mapping[str, int]) -> str:
+    return f"[{', '.join(str(known.get(free[a], 'any') if a in free else s) for a, s in enumerate(shape))}]"

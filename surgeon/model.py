@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from transformers.loss.loss_utils import LOSS_MAPPING
 
-from surgeon.errors import DeltaError, shorten
-from surgeon.ledger import Ledger, Start, initial
+from surgeon.errors import DeltaError
+from surgeon.ledger import Ledger, check_trained, initial
 from surgeon.module import place
 from surgeon.packing import packed
 from surgeon.probes import Probe, Reader
@@ -289,42 +289,6 @@ def _as_often(labels: Tensor, output: Any) -> Tensor:
     """Labels for every row of an output: an ensemble answers each text several times in training."""
     rows = next(t for t in output.values() if isinstance(t, Tensor)).shape[0]
     return labels.repeat(rows // labels.shape[0], *[1] * (labels.dim() - 1))
-
-
-def check_trained(
-    ledger: Ledger, wanted: Mapping[str, Start], tensors: Mapping[str, Tensor], sizes: Mapping[str, int]
-) -> None:
-    """Raise DeltaError unless `tensors` are exactly those wanted, finite and of fitting shapes.
-
-    Free axes of one symbol must be of one size, and of the one that `sizes` gives it.
-    """
-    missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
-    if missing or extra:
-        raise DeltaError(
-            f"{len(missing)} of {len(wanted)} tensors are missing and {len(extra)} do not belong here",
-            there_is=f"missing: {shorten(missing) or 'none'}; unexpected: {shorten(extra) or 'none'}",
-            try_="compile the spec these weights were trained with",
-        )
-    known = dict(sizes)
-    for name, start in wanted.items():
-        tensor = tensors[name]
-        free = ledger.free(name)
-        fits = tensor.dim() == len(start.shape) and all(
-            got == (known.setdefault(free[axis], got) if axis in free else size)
-            for axis, (got, size) in enumerate(zip(tensor.shape, start.shape, strict=True))
-        )
-        if not fits:
-            raise DeltaError(f"{name} has shape {list(tensor.shape)}, expected {_shape(start.shape, free, known)}")
-        empty = [free[axis] for axis in ledger.least(name) if not tensor.shape[axis]]
-        if empty:
-            raise DeltaError(f"{empty[0]} is 0 in {name}, and must be 1 at least")
-        if not torch.isfinite(tensor).all():
-            bad = (~torch.isfinite(tensor)).sum().item()
-            raise DeltaError(f"NaN or infinity in {name} ({bad} of {tensor.numel()} values)")
-
-
-def _shape(shape: tuple[int, ...], free: Mapping[int, str], known: Mapping[str, int]) -> str:
-    return f"[{', '.join(str(known.get(free[a], 'any') if a in free else s) for a, s in enumerate(shape))}]"
 
 
 def task_config(config: Any, labels: Sequence[str] | int | None) -> Any:

@@ -15,10 +15,11 @@ from surgeon.anatomy import Anatomy, Site
 from surgeon.cached import PAST, PRESENT
 from surgeon.errors import CompositionError, SpecError
 from surgeon.holding import Holding
-from surgeon.ledger import Delta, Fold, Init, Ledger, Penalty, Schedule, Trained, generator, symbols
-from surgeon.ledger import value as base_value
+from surgeon.ledger import Delta, Fold, Ledger, Penalty, Schedule, Trained, symbols
 from surgeon.module import switchable
 from surgeon.probes import PROBE, Probe
+from surgeon.starts import Init, generator
+from surgeon.starts import value as base_value
 from surgeon.tokens import tokenize
 from surgeon.trace import Input
 

@@ -13,10 +13,11 @@ from torch import Tensor
 import surgeon
 from surgeon.anatomy import Join, find, select, selectors
 from surgeon.compiler import Compiled
-from surgeon.ledger import Schedule, ones, zeros
+from surgeon.ledger import Schedule
 from surgeon.passes import Pass, PassResult
 from surgeon.pipeline import run_passes
 from surgeon.program import Program
+from surgeon.starts import ones, zeros
 from surgeon.trace import text_inputs, trace
 from surgeon.train import Row, TrainOptions, load_tokenizer, train_task
 from surgeon.train.schedules import ScheduleCallback

@@ -16,10 +16,10 @@ import torch
 import surgeon
 from surgeon.anatomy import Projection, select
 from surgeon.errors import CompositionError, InvariantError
-from surgeon.ledger import normal, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.lora import LoRA
 from surgeon.pipeline import run_passes
+from surgeon.starts import normal, zeros
 from surgeon.trace import trace
 
 _numbers = itertools.count()

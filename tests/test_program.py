@@ -8,7 +8,7 @@ from torch import fx
 
 from surgeon.anatomy import Join, Projection, select
 from surgeon.errors import CompositionError, InvariantError
-from surgeon.ledger import normal, zeros
+from surgeon.starts import normal, zeros
 from surgeon.trace import trace
 from surgeon.verify import reference, run
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from surgeon.compiler import Compiled
 from surgeon.errors import DeltaError
-from surgeon.ledger import Ledger, generator
+from surgeon.ledger import Ledger
+from surgeon.starts import generator
 
 
 def complete(compiled: Compiled, task: str, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:

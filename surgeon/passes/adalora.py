@@ -26,7 +26,8 @@ from torch import Tensor
 
 from surgeon.anatomy import Projection, Where, select
 from surgeon.errors import DeltaError, SelectorError, SpecError
-from surgeon.ledger import Schedule, normal, zeros
+from surgeon.ledger import Schedule
+from surgeon.starts import normal, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.product import beside, check_rank, part_of
 from surgeon.program import Program

@@ -19,7 +19,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, fx
 
 from surgeon.anatomy import Join, Where, select, selectors
-from surgeon.ledger import Delta, Init, truncated_normal, zeros
+from surgeon.ledger import Delta
+from surgeon.starts import Init, truncated_normal, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.norm_tuning import train_norms
 from surgeon.program import Program

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from surgeon.anatomy import Norm, Projection, Site, Where, select
 from surgeon.errors import SelectorError
-from surgeon.ledger import value
+from surgeon.starts import value
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.slices import fused_width
 from surgeon.program import Program

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from surgeon.anatomy import Join, Where, selectors
 from surgeon.errors import SpecError
-from surgeon.ledger import Delta, Init, normal
+from surgeon.ledger import Delta
+from surgeon.starts import Init, normal
 from surgeon.passes.adapter import Adapter
 from surgeon.program import Program
 

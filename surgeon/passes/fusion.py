@@ -34,7 +34,8 @@ from torch import Tensor, fx
 
 from surgeon.anatomy import Join, Where, select, selectors
 from surgeon.errors import SpecError
-from surgeon.ledger import Delta, Init, normal, truncated_normal, value, zeros
+from surgeon.ledger import Delta
+from surgeon.starts import Init, normal, truncated_normal, value, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.adapter import ACTIVATIONS, added, normed
 from surgeon.passes.trained_adapters import Source, check_sites, read_sources, stacked

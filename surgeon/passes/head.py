@@ -14,7 +14,7 @@ from torch import Tensor
 
 from surgeon.anatomy import Projection, Where, select, selectors
 from surgeon.errors import SelectorError, SpecError
-from surgeon.ledger import normal, zeros
+from surgeon.starts import normal, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.program import Program
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from surgeon.anatomy import Projection, Where, select, selectors
 from surgeon.errors import SelectorError, SpecError
-from surgeon.ledger import Delta, ones
+from surgeon.ledger import Delta
+from surgeon.starts import ones
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.slices import scatter
 from surgeon.program import Program

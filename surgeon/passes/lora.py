@@ -22,7 +22,8 @@ from torch import Tensor
 
 from surgeon.anatomy import Embedding, Projection, Selector, Where, select, selectors
 from surgeon.errors import CompositionError, SelectorError, SpecError
-from surgeon.ledger import Delta, Init, kaiming_uniform, normal, zeros
+from surgeon.ledger import Delta
+from surgeon.starts import Init, kaiming_uniform, normal, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.magnitude import magnitude
 from surgeon.passes.product import beside, beside_table, check_rank, part_of

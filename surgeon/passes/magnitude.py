@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from surgeon.anatomy import Projection
-from surgeon.ledger import Delta, value
+from surgeon.ledger import Delta
+from surgeon.starts import value
 from surgeon.passes.product import part_of
 from surgeon.program import Program
 

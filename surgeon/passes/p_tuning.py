@@ -21,7 +21,7 @@ from torch import Tensor
 
 from surgeon.anatomy import Embedding
 from surgeon.errors import CompositionError, SpecError
-from surgeon.ledger import Init, normal, value
+from surgeon.starts import Init, normal, value
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.virtual import Virtual, module_end, text_table
 from surgeon.program import Program

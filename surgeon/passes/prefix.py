@@ -19,7 +19,8 @@ from torch import Tensor
 
 from surgeon.anatomy import Attention, Where, select
 from surgeon.errors import CompositionError
-from surgeon.ledger import Delta, Init, kaiming_uniform, normal, value, zeros
+from surgeon.ledger import Delta
+from surgeon.starts import Init, kaiming_uniform, normal, value, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.columns import open_columns
 from surgeon.passes.positions import shift_positions

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from surgeon.anatomy import Embedding
 from surgeon.errors import CompositionError, SpecError
-from surgeon.ledger import ByLabels, Delta, Init, normal
+from surgeon.ledger import Delta
+from surgeon.starts import ByLabels, Init, normal
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.virtual import Virtual, outputs, text_table
 from surgeon.program import Program

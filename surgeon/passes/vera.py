@@ -20,7 +20,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from surgeon.anatomy import Projection, Where, select, selectors
-from surgeon.ledger import value, zeros
+from surgeon.starts import value, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.product import part_of
 from surgeon.passes.slices import fused_width, gather, scatter

@@ -11,9 +11,9 @@ import torch
 from pydantic import Field
 
 from surgeon.anatomy import Join, Where, select, selectors
-from surgeon.ledger import value
 from surgeon.passes import Pass, PassResult
 from surgeon.program import Program
+from surgeon.starts import value
 
 
 class Rescale(Pass):
