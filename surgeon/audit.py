@@ -12,7 +12,7 @@ import numpy as np
 
 from surgeon.errors import BuildError
 from surgeon.runtime import Manifest, Session
-from surgeon.runtime.manifest import FULL, check_files
+from surgeon.runtime.manifest import EXACT, check_files
 
 if TYPE_CHECKING:
     from surgeon.compiler import Compiled
@@ -69,7 +69,7 @@ def audit(build: str | Path, *, compare: bool = True, progress: Callable[[str], 
         files=len(session.manifest.every_file()),
         compared=compared,
         weights=session.manifest.weights,
-        tolerance=TOLERANCE if session.manifest.weights == FULL else None,
+        tolerance=TOLERANCE if session.manifest.weights in EXACT else None,
         tasks=tuple(AuditedTask(name, count, differences.get(name)) for name, count in parameters.items()),
     )
     _require_agreement(found, build)

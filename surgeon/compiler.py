@@ -13,7 +13,7 @@ from surgeon.anatomy import find
 from surgeon.base import Base, load_base, open_base
 from surgeon.build import BASE, Contents, check_writable, pack_tasks, write_build
 from surgeon.errors import BuildError, DeltaError, InvariantError, SpecError, did_you_mean
-from surgeon.exporters.quantise import check_weights
+from surgeon.exporters.quantise import check_weights, products
 from surgeon.ledger import Delta, symbols
 from surgeon.model import TaskModel, on_cpu
 from surgeon.module import switchable
@@ -88,7 +88,8 @@ class Compiled:
     @property
     def plan(self) -> Plan:
         """What was inserted: sites, parameters and bytes."""
-        return plan(self.program, self.spec.export.weights)
+        weights = self.spec.export.weights
+        return plan(self.program, weights, set(products(self.program.graph, self.program, weights).values()))
 
     def save(self, out: str | Path, *, progress: Progress | None = None) -> Path:
         """Write the build directory `out`, which must be absent or empty."""
@@ -217,6 +218,7 @@ def begin(opened: Base, graph_module: fx.GraphModule, inputs: tuple[Input, ...] 
         fingerprint=opened.fingerprint,
         max_length=opened.max_length,
         tokenizer=opened.tokenizer_path,
+        quantised=opened.quantised,
         frozen=frozenset(n for n, _ in [*graph_module.named_parameters(), *graph_module.named_buffers()]),
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
@@ -34,6 +35,8 @@ class Plan:
     checkpoint_bytes: int
     weights: str = "float32"
     """How the ONNX model holds the base's matrices."""
+    blocks: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Matrices that the base's file holds in blocks, by their form: how many stay so, and how many are dequantised."""
 
     @property
     def parameters(self) -> int:
@@ -61,13 +64,14 @@ class Plan:
             "base_bytes": self.base_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,
             "weights": self.weights,
+            "blocks": self.blocks,
             "by_technique": self.by_technique(),
             "rows": [asdict(r) for r in self.rows],
         }
 
 
-def plan(program: Program, weights: str = "float32") -> Plan:
-    """The plan of a program after its passes."""
+def plan(program: Program, weights: str = "float32", kept: Collection[str] = ()) -> Plan:
+    """The plan of a program after its passes; `kept` names matrices that stay in the blocks of the base's file."""
     dropped = program.ledger.dropped(program.ledger.left_out)
     idle = program.ledger.idle(dropped)
     rows = [
@@ -94,7 +98,11 @@ def plan(program: Program, weights: str = "float32") -> Plan:
     held, parts = base_bytes(program), {part for entry in stored for part in entry.parts}
     before = held - sum(_bytes(program, part) for part in parts)
     before += sum(prod(entry.shape) * entry.dtype.itemsize for entry in stored)
-    return Plan(tuple(rows), count, held, before, weights)
+    blocks: dict[str, tuple[int, int]] = {}
+    for name, form in program.quantised.forms.items():
+        stay, go = blocks.get(form, (0, 0))
+        blocks[form] = (stay + 1, go) if name in kept else (stay, go + 1)
+    return Plan(tuple(rows), count, held, before, weights, blocks)
 
 
 def base_bytes(program: Program) -> int:

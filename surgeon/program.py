@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.func import functional_call
 
 from surgeon.anatomy import Anatomy, Site
+from surgeon.base.blocks import Quantised
 from surgeon.cached import PAST, PRESENT
 from surgeon.errors import CompositionError, SpecError
 from surgeon.holding import Holding
@@ -40,6 +41,8 @@ class Program(Holding):
     """Positions that the base has for text; None where nothing limits them."""
     tokenizer: Path | None = None
     """A `tokenizer.json`; None where the base has none."""
+    quantised: Quantised = field(default_factory=Quantised)
+    """Matrices that the base's file holds in fewer bits; the graph has the numbers that these stand for."""
     ledger: Ledger = field(default_factory=Ledger)
     applied: list[str] = field(default_factory=list)
     drift: float | None = None

@@ -31,14 +31,38 @@ def find_folder(base: BaseSpec, *, weights: bool) -> Path:
     if local.is_dir():
         return local
     if local.exists():
-        raise BaseError("the base is a folder, and this is a file", where=source, try_=f"{local.parent}")
+        try_ = f"{local.parent}, or a file whose name ends in .gguf"
+        raise BaseError("the base is a folder, and this is a file", where=source, try_=try_)
     if local.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise BaseError("there is no such folder", where=source)
     return _from_hub(base, source, weights=weights)
 
 
+def find_file(source: str) -> Path:
+    """A base that is one file: a path, or a file inside an installed package. Raises BaseError."""
+    path = Path(source).expanduser()
+    if source.startswith(PACKAGE):
+        roots, inside = _package(source)
+        path = next((p for root in roots if (p := root.joinpath(*inside)).is_file()), roots[0].joinpath(*inside))
+    if path.is_file():
+        return path
+    beside = sorted(p.name for p in path.parent.glob(f"*{path.suffix}")) if path.parent.is_dir() else []
+    raise BaseError("there is no such file", where=source, there_is=beside)
+
+
 def _in_package(source: str) -> Path:
-    """A folder inside an installed package, found without importing the package."""
+    """A folder inside an installed package."""
+    roots, inside = _package(source)
+    for root in roots:
+        if (folder := root.joinpath(*inside)).is_dir():
+            return folder
+    name = source.removeprefix(PACKAGE).split("/")[0]
+    models = [f"{PACKAGE}{name}/{path.parent.relative_to(r)}" for r in roots for path in sorted(r.rglob(CONFIG))]
+    raise BaseError(f"package '{name}' has no such folder", where=source, there_is=models)
+
+
+def _package(source: str) -> tuple[list[Path], list[str]]:
+    """The roots of an installed package, found without importing it, and the path inside."""
     name, *inside = source.removeprefix(PACKAGE).split("/")
     if not name.isidentifier() or any(part in ("", ".", "..") for part in inside):
         raise BaseError("this is not of the form `package:NAME/folder`", where=source)
@@ -48,12 +72,7 @@ def _in_package(source: str) -> Path:
         found = None
     if found is None or not found.submodule_search_locations:
         raise BaseError(f"there is no installed package '{name}'", where=source, try_="install it with pip")
-    roots = [Path(root) for root in found.submodule_search_locations]
-    for root in roots:
-        if (folder := root.joinpath(*inside)).is_dir():
-            return folder
-    models = [f"{PACKAGE}{name}/{path.parent.relative_to(r)}" for r in roots for path in sorted(r.rglob(CONFIG))]
-    raise BaseError(f"package '{name}' has no such folder", where=source, there_is=models)
+    return [Path(root) for root in found.submodule_search_locations], inside
 
 
 def _from_hub(base: BaseSpec, source: str, *, weights: bool) -> Path:

@@ -6,7 +6,7 @@ import shutil
 import weakref
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -14,9 +14,11 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer, PreTrainedModel
 
+from surgeon.base.blocks import Quantised, read_quantised
 from surgeon.base.configuration import FOREIGN, read_config, written_config
 from surgeon.base.fingerprint import fingerprint
-from surgeon.base.folder import CONFIG, check_folder, find_folder, first_line, read_json
+from surgeon.base.folder import CONFIG, check_folder, find_file, find_folder, first_line, read_json
+from surgeon.base.gguf import BLOCKS, SUFFIX, converted
 from surgeon.base.heads import head_of
 from surgeon.base.loading import build, check_finite, load, quiet
 from surgeon.errors import BaseError
@@ -43,6 +45,8 @@ class Base:
     """Positions there are for text; None where nothing limits them."""
     tokenizer_path: Path | None = None
     """A `tokenizer.json`; None where the base has no tokenizer."""
+    quantised: Quantised = field(default_factory=Quantised)
+    """What the base's file holds in fewer bits; the model has the numbers that these stand for."""
 
     def release(self, names: Iterable[str]) -> None:
         """Free the memory of these parameters, which a program holds in another form; their shapes stay."""
@@ -71,7 +75,8 @@ def open_base(base: BaseSpec | PreTrainedModel, *, weights: bool = True, seed: i
             source = f"a random {model.config.model_type}"
             return Base(model, source, base.head, fingerprint(model), max_length=_max_length(model, None, source))
         source = str(base.model)
-        folder = find_folder(base, weights=weights)
+        packed = source.endswith(SUFFIX)
+        folder = converted(find_file(source), source) if packed else find_folder(base, weights=weights)
         check_folder(folder, source, weights=weights, trust_remote_code=base.trust_remote_code)
         config = read_config(folder, source, trust_remote_code=base.trust_remote_code)
         fresh: tuple[str, ...] = ()
@@ -79,7 +84,8 @@ def open_base(base: BaseSpec | PreTrainedModel, *, weights: bool = True, seed: i
             model, fresh = load(base, config, folder, source, seed=seed)
         else:
             model = build(base, config, source, weights=False, seed=seed)
-        return _described(model, source, base.head, folder, fresh=fresh, trusted=base.trust_remote_code)
+        found = _described(model, source, base.head, folder, fresh=fresh, trusted=base.trust_remote_code)
+        return replace(found, quantised=read_quantised(folder / BLOCKS)) if packed else found
 
 
 def _in_hand(model: PreTrainedModel) -> Base:

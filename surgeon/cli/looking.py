@@ -99,7 +99,12 @@ def plan(
     )
     if found.base_bytes < found.checkpoint_bytes:
         say(f"the base is held in {size(found.base_bytes)} instead of {size(found.checkpoint_bytes)}")
-    if found.weights != "float32":
+    for form, (stay, go) in found.blocks.items():
+        said = [f"{stay} stay as they are in the ONNX model"] * bool(stay) + [f"{go} are dequantised for it"] * bool(go)
+        say(f"of the file's matrices in {form} {', '.join(said)}")
+    if found.weights == "base-rounded":
+        say("their products' inputs are rounded to 8 bits: approximate answers, which the rows beside one may change")
+    elif found.weights not in ("base", "float32"):
         say(f"the ONNX model holds the base's matrices in {found.weights}: another base, with approximate answers")
 
 

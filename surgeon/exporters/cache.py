@@ -16,7 +16,9 @@ from typing import Any
 
 import onnx_ir as ir
 
+from surgeon.base.gguf import cache_folder
 from surgeon.exporters.onnx import OnnxExporter
+from surgeon.exporters.quantise import KEPT
 from surgeon.exporters.versions import tool_version, tool_versions
 from surgeon.graph_text import graph_text
 from surgeon.program import Program
@@ -24,12 +26,6 @@ from surgeon.runtime.manifest import hash_file
 
 FILES = {"switch": ("model.onnx", "model.onnx.data"), "mixed": ("mixed.onnx",)}
 KEEP = 4
-
-
-def cache_folder() -> Path:
-    """`$SURGEON_CACHE`, or `surgeon` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "surgeon"
-    return Path(os.environ.get("SURGEON_CACHE", default))
 
 
 def export_cached(
@@ -58,7 +54,8 @@ def cache_key(
     ]
     tools = {"modelsurgeon": tool_version("modelsurgeon")} | tool_versions()
     constants = {n: hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for n, t in program.constants.items()}
-    parts = [fingerprint, graph_text(program), deltas, constants, opset, weights, sorted(modes), tools]
+    blocks = dict(program.quantised.forms) if weights in KEPT else {}
+    parts = [fingerprint, blocks, graph_text(program), deltas, constants, opset, weights, sorted(modes), tools]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -121,5 +118,5 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _oldest_first(folder: Path) -> Iterator[Path]:
-    entries = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    entries = [p for p in folder.iterdir() if not p.name.startswith(".") and (p / "facts.json").exists()]
     yield from sorted(entries, key=lambda p: p.stat().st_mtime)

@@ -4,6 +4,13 @@ A matrix is cut into blocks of 32 consecutive numbers of one output feature. A n
 `half` 128 or 8; its block's scale maps the number of the largest size to the code 0, as ONNX Runtime's own quantiser
 does. What is trained stays fp32, and so is all that is no matrix of the base: tables, norms, biases, shared constants.
 
+A base from a GGUF file is in blocks already. The operator has no number for a block's least one, so the product is
+
+    x·Wᵀ = MatMulNBits(x; codes, scales) + sums(x)·rest      rest [blocks, out]: what code `half` stands for
+
+with the sums of x over every block. Its way with 8 bits and fp32 inputs is slow, so an 8-bit matrix is two of 4 bits,
+`c - 128 = 16·(high - 8) + (low - 8) + 8`. Both are the same numbers, added up in another order.
+
 The products are rewritten before the conversion: there the base's matrices can still be told from all other constants.
 """
 
@@ -14,15 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from surgeon.errors import BaseError, SpecError
+from surgeon.base.blocks import BLOCK, Blocks
+from surgeon.errors import BaseError, SpecError, shorten
 from surgeon.program import Program
 
 aten = torch.ops.aten
 BITS = {"int8": 8, "int4": 4}
-BLOCK = 32
-"""Numbers that share one scale."""
-ACCURACY = 4
-"""Let ONNX Runtime round the products' inputs to 8 bits as well, block by block; with fp32 inputs `int8` is far slower."""
+ROUNDED = "base-rounded"
+KEPT = ("base", ROUNDED)
+"""Weights that keep the blocks of the base's own file."""
+EXACT, ACCURACY = 0, 4
+"""Let ONNX Runtime round the products' inputs to 8 bits as well, block by block, or do not; with fp32 inputs `int8` is far slower."""
 LAYOUTS: dict[Any, tuple[int, int, bool]] = {
     aten.linear.default: (0, 1, True),
     aten.matmul.default: (0, 1, False),
@@ -34,6 +43,13 @@ LAYOUTS: dict[Any, tuple[int, int, bool]] = {
 
 def check_weights(program: Program, weights: str, where: str | None) -> None:
     """Raise SpecError unless the base has something to hold in this form."""
+    if weights == ROUNDED and not products(program.graph, program, weights):
+        raise SpecError(
+            "export.weights: this base has no matrix whose blocks could stay as they are",
+            where=where,
+            there_is=f"matrices in {shorten(sorted(set(program.quantised.forms.values())) or ['no blocks'])}",
+            try_="leave `weights` out; `int8` and `int4` make blocks of any base",
+        )
     if weights not in BITS:
         return
     if program.dtype != torch.float32:
@@ -52,9 +68,15 @@ def check_weights(program: Program, weights: str, where: str | None) -> None:
         )
 
 
-def products(graph: fx.Graph, program: Program) -> dict[fx.Node, str]:
-    """Products with a matrix of the base that nothing else reads, and the matrix's name."""
+def products(graph: fx.Graph, program: Program, weights: str = "int8") -> dict[fx.Node, str]:
+    """Products whose matrix of the base is held in blocks, and the matrix's name.
+
+    Those that the file holds so; else all that nothing else reads. A table that is a head too is read both ways.
+    """
     found = {node: name for node in graph.nodes if (name := _matrix(node, program)) is not None}
+    if weights not in BITS:
+        blocks = program.quantised.exact if weights in KEPT and program.dtype == torch.float32 else {}
+        return {n: name for n, name in found.items() if name in blocks and blocks[name].turned != LAYOUTS[n.target][2]}
     reads = [n for n in graph.nodes if n.op == "get_attr"]
     elsewhere = {n.target for n in reads if any(user not in found for user in n.users)}
     return {node: name for node, name in found.items() if name not in elsewhere}
@@ -75,6 +97,8 @@ def _matrix(node: fx.Node, program: Program) -> str | None:
 
 def quantised(graph_module: fx.GraphModule, program: Program, weights: str) -> fx.GraphModule:
     """Let the products with the base's matrices read these in 8 or 4 bits; `float32` leaves all as it is."""
+    if weights in KEPT:
+        return _kept(graph_module, program, weights)
     if weights not in BITS:
         return graph_module
     held: dict[str, tuple[int, int]] = {}
@@ -92,6 +116,61 @@ def quantised(graph_module: fx.GraphModule, program: Program, weights: str) -> f
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return graph_module
+
+
+def _kept(graph_module: fx.GraphModule, program: Program, weights: str) -> fx.GraphModule:
+    """Let products read the blocks of the base's own file."""
+    held: dict[str, tuple[int, list[str]]] = {}
+    for node, name in products(graph_module.graph, program, weights).items():
+        at_input, at_weight, _ = LAYOUTS[node.target]
+        if name not in held:
+            held[name] = _hold_blocks(graph_module, name, program.quantised.exact[name], weights == ROUNDED)
+        factor, bits = node.args[at_weight], held[name][0]
+        bias = node.args[3 - at_input - at_weight] if len(node.args) > 2 else None
+        assert isinstance(factor, fx.Node)
+        with graph_module.graph.inserting_before(node):
+            parts = [graph_module.graph.get_attr(part) for part in held[name][1]]
+        turned = program.quantised.exact[name].turned
+        columns, rows = factor.meta["val"].shape if turned else reversed(factor.meta["val"].shape)
+        accuracy = ACCURACY if weights == ROUNDED else EXACT
+        node.target = onnx_blocks
+        node.args = (node.args[at_input], int(rows), int(columns), bits, accuracy, bias, *parts)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module
+
+
+def _hold_blocks(graph_module: fx.GraphModule, name: str, blocks: Blocks, rounded: bool) -> tuple[int, list[str]]:
+    """Put a matrix in blocks beside the others; returns the operator's bits and the names of the product's parts."""
+    codes, scales = [blocks.codes], [blocks.scales]
+    half, bits = 2 ** (blocks.bits - 1), blocks.bits
+    rest = None if blocks.least is None else blocks.least + half * blocks.scales
+    if bits == 8 and not rounded:
+        codes = [part[..., 0::2] | part[..., 1::2] << 4 for part in (blocks.codes >> 4, blocks.codes & 15)]
+        scales, bits = [16 * blocks.scales, blocks.scales], 4
+        rest = 8 * blocks.scales if rest is None else rest + 8 * blocks.scales
+    parts = {"rest": torch.zeros(0) if rest is None else rest.T}
+    for at, (packed, factors) in enumerate(zip(codes, scales, strict=True)):
+        parts |= {f"codes{at}": packed, f"scales{at}": factors}
+    owner = torch.nn.Module()
+    for part, tensor in parts.items():
+        owner.register_buffer(part, tensor.contiguous())
+    parent, _, leaf = name.rpartition(".")
+    graph_module.get_submodule(parent).add_module(f"{leaf}_blocks", owner)
+    return bits, [f"{name}_blocks.{part}" for part in parts]
+
+
+def onnx_blocks(  # noqa: PLR0917 - the signature of an operator
+    x: Tensor, rows: int, columns: int, bits: int, accuracy: int, bias: Tensor | None, rest: Tensor, *packed: Tensor
+) -> Tensor:
+    """The product with a matrix in blocks: codes and scales by turns, and `rest`, empty where there is none."""
+    terms = zip(packed[0::2], packed[1::2], strict=True)
+    y, *more = (onnx_product(x, codes, scales, rows, columns, bits, None, accuracy) for codes, scales in terms)
+    for term in more:
+        y = y + term
+    if rest.numel():
+        y = y + x.view(*x.shape[:-1], columns // BLOCK, BLOCK).sum(-1) @ rest
+    return y if bias is None else y + bias
 
 
 def _hold(graph_module: fx.GraphModule, name: str, weight: Tensor, weights: str) -> tuple[int, int]:
@@ -122,10 +201,17 @@ def pack(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def onnx_product(  # noqa: PLR0917 - the signature of an operator
-    x: Tensor, packed: Tensor, scales: Tensor, rows: int, columns: int, bits: int, bias: Tensor | None
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    rows: int,
+    columns: int,
+    bits: int,
+    bias: Tensor | None,
+    accuracy: int = ACCURACY,
 ) -> Tensor:
     """The product as ONNX Runtime's operator, and the bias as an addition of its own, as other products have it."""
-    attributes: dict[str, Any] = {"K": columns, "N": rows, "bits": bits, "block_size": BLOCK, "accuracy_level": ACCURACY}
+    attributes: dict[str, Any] = {"K": columns, "N": rows, "bits": bits, "block_size": BLOCK, "accuracy_level": accuracy}
     shape = [*x.shape[:-1], rows]
     y = torch.onnx.ops.symbolic(
         "com.microsoft::MatMulNBits", (x, packed, scales), attributes, dtype=x.dtype, shape=shape, version=1

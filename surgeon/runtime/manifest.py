@@ -27,6 +27,7 @@ NO_TASK = "base.onnx_adapter"
 TOKENIZER = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
 FULL = "float32"
+EXACT = ("base", FULL)
 """Weights of a graph that computes what PyTorch does."""
 CHANGED = "has other content (its hash differs)"
 

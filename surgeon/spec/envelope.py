@@ -64,7 +64,7 @@ class BaseSpec(Part):
     model: StrictStr | None = Field(
         default=None,
         min_length=1,
-        description="A folder, `package:NAME/folder` for weights inside an installed package, or a hub id.",
+        description="A folder, a `.gguf` file, `package:NAME/…` for one inside an installed package, or a hub id.",
     )
     config: dict[StrictStr, JsonValue] | None = Field(
         default=None,
@@ -153,10 +153,12 @@ class ExportSpec(Part):
         "the same weights, in which every row of a batch has a task of its own, and a text as many rows as tasks.",
     )
     opset: StrictInt = Field(default=20, ge=18, le=23, description="ONNX operator set.")
-    weights: Literal["float32", "int8", "int4"] = Field(
-        default="float32",
-        description="How the ONNX model holds the base's matrices: as they are, or in fewer bits. That is another base "
-        "than the one that is trained on, and its answers are approximate.",
+    weights: Literal["base", "base-rounded", "float32", "int8", "int4"] = Field(
+        default="base",
+        description="How the ONNX model holds the base's matrices. `base`: as its file does, a GGUF file in blocks of "
+        "few bits, others in float32. `base-rounded`: the same blocks, multiplied with inputs rounded to 8 bits: "
+        "faster, approximate, and a row may change with the number of rows beside it. `float32`: always so. `int8`, "
+        "`int4`: in fewer bits, another base than the one that is trained on, with approximate answers.",
     )
 
     generate: StrictBool = Field(
