@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.func import functional_call
 
 from surgeon.anatomy import Anatomy, Site
-from surgeon.base.blocks import Quantised
+from surgeon.blocks import Quantised
 from surgeon.cached import PAST, PRESENT
 from surgeon.errors import CompositionError, SpecError
 from surgeon.holding import Holding

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from surgeon.base.blocks import EXACT, Blocks, Quantised, read_blocks, write_quantised
 from surgeon.base.folder import first_line
 from surgeon.base.heads import auto_class
 from surgeon.base.loading import quiet
+from surgeon.blocks import EXACT, Blocks, Quantised, read_blocks, write_quantised
 from surgeon.errors import BaseError, SpecError
 from surgeon.runtime.manifest import hash_file
 

@@ -14,13 +14,13 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer, PreTrainedModel
 
-from surgeon.base.blocks import Quantised, read_quantised
 from surgeon.base.configuration import FOREIGN, read_config, written_config
 from surgeon.base.fingerprint import fingerprint
 from surgeon.base.folder import CONFIG, check_folder, find_file, find_folder, first_line, read_json
 from surgeon.base.gguf import BLOCKS, SUFFIX, converted
 from surgeon.base.heads import head_of
 from surgeon.base.loading import build, check_finite, load, quiet
+from surgeon.blocks import Quantised, read_quantised
 from surgeon.errors import BaseError
 from surgeon.spec import BaseSpec, HeadName
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from surgeon.base.blocks import BLOCK, Blocks
+from surgeon.blocks import BLOCK, Blocks
 from surgeon.errors import BaseError, SpecError, shorten
 from surgeon.program import Program
 

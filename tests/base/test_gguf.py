@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType as Form
 import surgeon
 from surgeon.audit import audit
 from surgeon.base import open_base
-from surgeon.base.blocks import EXACT
+from surgeon.blocks import EXACT
 from surgeon.compiler import Compiled
 from surgeon.errors import BaseError, SpecError
 from surgeon.spec import BaseSpec, read_spec
