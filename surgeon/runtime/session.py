@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
 
-from surgeon.errors import BuildError, DataError, SpecError
+from surgeon.errors import DataError, SpecError
 from surgeon.runtime.answers import Answer, answers, by_length
 from surgeon.runtime.engine import Fusions, Provider, open_model
 from surgeon.runtime.feeds import SEQUENCE, complete
 from surgeon.runtime.generation import Listener, Prompt, Written, ask, check_counts, choice, write
+from surgeon.runtime.graphs import Graphs
 from surgeon.runtime.manifest import MODEL, Manifest, check_files, read_manifest
-from surgeon.runtime.mixed import MixedGraph, PerRow, open_mixed, rows_of
+from surgeon.runtime.mixed import PerRow, rows_of
 from surgeon.runtime.reading import Reader
-from surgeon.runtime.single import SingleGraph
 from surgeon.runtime.store import TaskStore
 from surgeon.runtime.table import TaskTable
 from surgeon.runtime.taskfile import Array
@@ -36,6 +35,8 @@ class Session:
     for batches of several tasks; others come in when they are named, for those used longest ago.
     With a `store`, a folder or URL of task files (or a `TaskStore`), a task that is named is looked for there first, as
     it is at that moment; `resident` of them are held, too. Tasks are then added to the store and removed from it.
+    With `mixed`, a build of that mode has only the graph of several tasks opened, which serves batches of one task too:
+    the base's weights are in memory once.
     """
 
     def __init__(
@@ -49,21 +50,24 @@ class Session:
         resident: int = 64,
         resident_bytes: int | None = None,
         store: str | Path | TaskStore | None = None,
+        mixed: bool = False,
     ) -> None:
         if isinstance(fusions, str) and fusions != "all":
             raise SpecError(f"fusions is 'all' or a list of names, not '{fusions}'", try_=f"fusions=['{fusions}']")
         if not isinstance(resident, int) or resident < 1 or (resident_bytes is not None and resident_bytes < 1):
             raise SpecError("resident and resident_bytes are numbers from 1", there_is=f"{resident}, {resident_bytes}")
         self._build, self._fusions, self._bounds = Path(build), fusions, (resident, resident_bytes)
-        self._opening = partial(open_model, threads=threads, providers=providers, verify=verify, fusions=fusions)
         self._manifest = read_manifest(self._build)
         self._reader = Reader(self._build, self._manifest, verify=verify)
-        self._single: SingleGraph | None = SingleGraph(self._opening(self._build, self._manifest), self._manifest)
-        self._mixed: MixedGraph | None = None
-        self._lock, self._mixing = threading.Lock(), threading.Lock()
         if store is not None and not isinstance(store, TaskStore):
             store = TaskStore(store, self._manifest)
         self._table = TaskTable(self._build, self._manifest, verify=verify, store=store, limits=self._bounds)
+        opening = partial(open_model, threads=threads, providers=providers, verify=verify, fusions=fusions)
+        try:
+            self._graphs = Graphs(self._build, self._manifest, opening, self._table.private, self._bounds, mixed=mixed)
+        except BaseException:
+            self._table.close()
+            raise
 
     @classmethod
     def tuned(
@@ -140,7 +144,7 @@ class Session:
         absent. Raises DataError for inputs that do not fit, SpecError for an unknown task.
         """
         if isinstance(task, list | tuple):
-            self._open_mixed()
+            self._graphs.open_several()
             names, numbers = rows_of(task, rows, self._count(inputs))
             own = [self._table.find(name, drop if name is not None else 0) for name in names]
             return self._run_rows(inputs, own, numbers)
@@ -161,12 +165,12 @@ class Session:
         The name defaults to the file's. With `replace`, a task of that name gives way; runs that use it end with it.
         """
         task, former = self._table.add(Path(path), name, labels, replace=replace)
-        self._forget(former)
+        self._graphs.forget(former)
         return task.info
 
     def remove_task(self, name: str) -> None:
         """Remove a task. Runs that use it end with it."""
-        self._forget(self._table.remove(name))
+        self._graphs.forget(self._table.remove(name))
 
     def encode(
         self, texts: Sequence[Text], max_length: int | None = None, task: str | Sequence[str | None] | None = None
@@ -215,8 +219,7 @@ class Session:
         """Names of the tasks at hand that others may take the place of, the one used longest ago first: those in the
         bank of mixed batches, and those of a store.
         """
-        mixed = self._mixed
-        return tuple(dict.fromkeys((*self._table.held, *(() if mixed is None else mixed.bank.tasks))))
+        return tuple(dict.fromkeys((*self._table.held, *self._graphs.resident)))
 
     def generate(
         self,
@@ -262,13 +265,12 @@ class Session:
             stream=stream,
         )
         deltas = {} if active is None else active.values()
-        write(rows, self._open().session, self._manifest, generation, deltas, choice=chosen, batch=batch)
+        write(rows, self._graphs.single.session, self._manifest, generation, deltas, choice=chosen, batch=batch)
         return [row.written for row in rows]
 
     def close(self) -> None:
         """Let go of the model and the tasks. Runs under way end undisturbed; later ones raise BuildError."""
-        with self._lock:
-            self._single, self._mixed = None, None
+        self._graphs.close()
         self._table.close()
 
     def __enter__(self) -> Self:
@@ -278,55 +280,31 @@ class Session:
         self.close()
 
     def _run(self, inputs: Mapping[str, Any], active: RunnableTask | None) -> dict[str, Array]:
-        graph, limit = self._open(), self._manifest.base.max_length
-        return graph.run(complete(self._manifest.inputs, inputs, limit, partial(self._most, [active])), active)
-
-    def _forget(self, task: RunnableTask | None) -> None:
-        """Let a task that nobody can name any more give way before all others."""
-        mixed = self._mixed
-        if task is not None and mixed is not None:
-            mixed.bank.forget(task)
-
-    def _encode(
-        self, texts: Sequence[Text], max_length: int | None, tasks: Sequence[RunnableTask | None]
-    ) -> dict[str, Array]:
-        self._open()
-        return self._reader.encode(texts, max_length, self._most(tasks, SEQUENCE))
+        return self._graphs.run(self._complete(inputs, [active]), active)
 
     def _run_rows(
         self, inputs: Mapping[str, Any], tasks: Sequence[RunnableTask | None], rows: Sequence[int]
     ) -> list[dict[str, Array]]:
-        mixed, limit = self._open_mixed(), self._manifest.base.max_length
-        return mixed.run(complete(self._manifest.inputs, inputs, limit, partial(self._most, tasks)), tasks, rows)
+        return self._graphs.run_rows(self._complete(inputs, tasks), tasks, rows)
+
+    def _complete(self, inputs: Mapping[str, Any], tasks: Sequence[RunnableTask | None]) -> dict[str, Array]:
+        self._graphs.check_open()
+        return complete(self._manifest.inputs, inputs, self._manifest.base.max_length, partial(self._most, tasks))
+
+    def _encode(
+        self, texts: Sequence[Text], max_length: int | None, tasks: Sequence[RunnableTask | None]
+    ) -> dict[str, Array]:
+        self._graphs.check_open()
+        return self._reader.encode(texts, max_length, self._most(tasks, SEQUENCE))
 
     def _count(self, inputs: Mapping[str, Any]) -> int:
         """Texts in a batch; `complete` tells what is wrong where there are none."""
         first = self._manifest.inputs[0].name
         return len(inputs[first]) if isinstance(inputs, Mapping) and isinstance(inputs.get(first), Sized) else 0
 
-    def _open_mixed(self) -> MixedGraph:
-        """The second graph, opened by the first batch of several tasks."""
-        self._open()
-        mixed = self._mixed
-        if mixed is not None:
-            return mixed
-        with self._mixing:
-            if self._mixed is None:
-                graph = open_mixed(self._build, self._manifest, self._table.private, self._opening, self._bounds)
-                with self._lock:
-                    self._open()
-                    self._mixed = graph
-            return self._mixed
-
     def _most(self, tasks: Sequence[RunnableTask | None], axis: str) -> int:
         """Positions of an axis that the tokens of these tasks take at most."""
         return max((self._manifest.taken(task.info.sizes, axis) for task in tasks if task is not None), default=0)
-
-    def _open(self) -> SingleGraph:
-        graph = self._single
-        if graph is None:
-            raise BuildError("this session is closed", where=str(self._build))
-        return graph
 
     def _labels(self, task: RunnableTask | None) -> Sequence[str] | None:
         """Names of the classes; of the base's own where the task brings no head."""
