@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from surgeon import registry
+from surgeon.inputs import Input, text_inputs
 from surgeon.ledger import Schedule
-from surgeon.trace import Input, text_inputs
 
 Surgery = tuple[dict[str, dict[str, Any]], ...]
 MakePeer = Callable[[PreTrainedModel, int], nn.Module]

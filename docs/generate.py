@@ -25,12 +25,13 @@ from surgeon import catalog, registry
 from surgeon.anatomy import find
 from surgeon.base import open_base
 from surgeon.compiler import passes
+from surgeon.inputs import text_inputs
 from surgeon.picture import picture
 from surgeon.pipeline import run_passes
 from surgeon.plan import Plan, plan
 from surgeon.program import Program
 from surgeon.spec import BaseSpec
-from surgeon.trace import text_inputs, trace
+from surgeon.trace import trace
 
 DOCS = ROOT / "docs"
 DEPTH = 12

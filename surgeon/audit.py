@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from surgeon.compiler import Compiled
 
 TOLERANCE = 1e-4
-SIZES = {"batch": 3, "sequence": 11, "decoder_sequence": 6}
+SIZES = {"batch": 3, "sequence": 11, "decoder_sequence": 6, "samples": 4100, "frames": 23}
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def difference(compiled: Compiled, session: Session, task: str | None) -> float:
     import torch
     from torch.func import functional_call
 
-    from surgeon.trace import vocabulary
+    from surgeon.inputs import vocabulary
 
     inputs = inputs_for(session.manifest, vocabulary(compiled.base.model))
     model = compiled.base.model if task is None else compiled.model(task)
@@ -118,7 +118,9 @@ def inputs_for(manifest: Manifest, vocabulary: int) -> dict[str, np.ndarray[Any,
     inputs: dict[str, np.ndarray[Any, Any]] = {}
     for port in manifest.inputs:
         shape = [SIZES[axis] if isinstance(axis, str) else axis for axis in port.axes]
-        if port.fill is None:
+        if port.fill is None and np.dtype(port.dtype).kind == "f":
+            inputs[port.name] = rng.standard_normal(shape).astype(port.dtype)
+        elif port.fill is None:
             inputs[port.name] = rng.integers(min(3, vocabulary - 1), vocabulary, shape)
         else:
             inputs[port.name] = np.full(shape, port.fill, dtype=port.dtype)

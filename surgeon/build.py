@@ -22,13 +22,13 @@ from surgeon.exporters.cache import export_cached
 from surgeon.exporters.genai import GENAI, genai_config, not_carried
 from surgeon.exporters.versions import tool_version, tool_versions
 from surgeon.graph_text import graph_text
+from surgeon.inputs import vocabulary
 from surgeon.model import TaskModel
 from surgeon.plan import base_bytes
 from surgeon.program import Program
 from surgeon.runtime.manifest import FORMAT, MANIFEST, NO_TASK, TEMPLATE, TOKENIZER, hash_file, read_manifest, seal
 from surgeon.runtime.taskfile import write_adapter
 from surgeon.spec import Spec
-from surgeon.trace import vocabulary
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 BASE = "base"
@@ -232,7 +232,12 @@ def _document(contents: Contents, facts: Mapping[str, Any]) -> dict[str, Any]:
         "weights": contents.spec.export.weights,
         "modes": list(contents.spec.export.modes),
         "inputs": [
-            {"name": i.name, "dtype": "int64", "axes": [_alone(axis) for axis in i.axes], "fill": i.fill}
+            {
+                "name": i.name,
+                "dtype": str(i.dtype).removeprefix("torch."),
+                "axes": [_alone(axis) for axis in i.axes],
+                "fill": i.fill,
+            }
             for i in program.inputs
             if not i.cached
         ],

@@ -14,6 +14,7 @@ from surgeon.base import Base, load_base, open_base
 from surgeon.build import BASE, Contents, check_writable, pack_tasks, write_build
 from surgeon.errors import BuildError, DeltaError, InvariantError, SpecError, did_you_mean
 from surgeon.exporters.quantise import check_weights, products
+from surgeon.inputs import Input, base_inputs, cached_inputs
 from surgeon.ledger import Delta, symbols
 from surgeon.model import TaskModel, on_cpu
 from surgeon.module import switchable
@@ -24,7 +25,7 @@ from surgeon.program import Program
 from surgeon.registry import technique
 from surgeon.runtime.manifest import Task, hash_file, read_manifest
 from surgeon.spec import BaseSpec, HeadName, Spec, read_spec
-from surgeon.trace import Input, cached_inputs, text_inputs, trace
+from surgeon.trace import trace
 from surgeon.weights import read_weights
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ def begin(opened: Base, graph_module: fx.GraphModule, inputs: tuple[Input, ...] 
     return Program(
         graph_module=graph_module,
         anatomy=find(graph_module),
-        inputs=inputs or text_inputs(opened.model),
+        inputs=inputs or base_inputs(opened.model),
         config=opened.model.config,
         head=opened.head,
         fingerprint=opened.fingerprint,

@@ -14,12 +14,12 @@ from torch.func import functional_call
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from surgeon.errors import DeltaError
+from surgeon.inputs import Input
 from surgeon.ledger import Ledger, check_trained, initial
 from surgeon.module import place
 from surgeon.packing import packed
 from surgeon.probes import Probe, Reader
 from surgeon.recompute import recomputed
-from surgeon.trace import Input
 
 LOSSES = {
     "sequence-classification": "ForSequenceClassification",
@@ -28,6 +28,8 @@ LOSSES = {
     "causal-lm": "ForCausalLM",
     "masked-lm": "ForMaskedLM",
     "seq2seq-lm": "ForMaskedLM",
+    "image-classification": "ForImageClassification",
+    "audio-classification": "ForSequenceClassification",
 }
 
 
@@ -123,6 +125,9 @@ class TaskModel(nn.Module):
         token_type_ids: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         *,
+        pixel_values: Tensor | None = None,
+        input_values: Tensor | None = None,
+        input_features: Tensor | None = None,
         labels: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
@@ -134,9 +139,16 @@ class TaskModel(nn.Module):
         """
         if texts is not None:
             attention_mask = texts
-        names = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
-        values = (input_ids, attention_mask, token_type_ids, decoder_input_ids)
-        given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+        every = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "decoder_input_ids": decoder_input_ids,
+            "pixel_values": pixel_values,
+            "input_values": input_values,
+            "input_features": input_features,
+        }
+        given = {name: value for name, value in every.items() if value is not None}
         output = self._run(self._complete(given, labels), self._form(texts is not None))
         targets = {"labels": labels, "start_positions": start_positions, "end_positions": end_positions}
         if any(value is not None for value in targets.values()):
@@ -221,15 +233,11 @@ class TaskModel(nn.Module):
             raise DeltaError(f"the traced base takes no {sorted(unknown)}", there_is=names)
         if "decoder_input_ids" in names and "decoder_input_ids" not in given and labels is not None:
             given["decoder_input_ids"] = self._shifted(labels)
-        complete = {}
         for spec in self.inputs:
-            if spec.name in given:
-                complete[spec.name] = given[spec.name]
-            elif spec.fill is not None:
-                complete[spec.name] = torch.full_like(given["input_ids"], spec.fill)
-            else:
+            if spec.fill is None and spec.name not in given:
                 raise DeltaError(f"input '{spec.name}' is missing", there_is=list(given))
-        return complete
+        main = given[names[0]]
+        return {spec.name: given[spec.name] if spec.name in given else spec.absent(main) for spec in self.inputs}
 
     def _shifted(self, labels: Tensor) -> Tensor:
         start = self.config.decoder_start_token_id
@@ -240,7 +248,7 @@ class TaskModel(nn.Module):
         loss: Callable[..., Tensor] = cast(Any, LOSS_MAPPING[LOSSES[self.head_name]])
         if self.head_name == "question-answering":
             return loss(output.start_logits, output.end_logits, **labels)
-        if self.head_name == "sequence-classification":
+        if self.head_name in {"sequence-classification", "image-classification", "audio-classification"}:
             return loss(labels=labels["labels"], pooled_logits=output.logits, config=self.config)
         if self.head_name == "token-classification":
             return loss(labels=labels["labels"], logits=output.logits, config=self.config)

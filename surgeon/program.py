@@ -16,13 +16,13 @@ from surgeon.blocks import Quantised
 from surgeon.cached import PAST, PRESENT
 from surgeon.errors import CompositionError, SpecError
 from surgeon.holding import Holding
+from surgeon.inputs import Input
 from surgeon.ledger import Delta, Fold, Ledger, Penalty, Schedule, Trained, symbols
 from surgeon.module import switchable
 from surgeon.probes import PROBE, Probe
 from surgeon.starts import Init, generator
 from surgeon.starts import value as base_value
 from surgeon.tokens import tokenize
-from surgeon.trace import Input
 
 
 @dataclass(kw_only=True)
@@ -207,8 +207,10 @@ class Program(Holding):
         graph.eliminate_dead_code()
         module = switchable(fx.GraphModule(self.graph_module, graph)).eval()
         device = next(self.graph_module.parameters()).device
-        ids = inputs["input_ids"]
-        fills = {i.name: i.absent(ids) for i in self.inputs}
+        if (name := self.inputs[0].name) not in inputs:
+            raise SpecError(f"'{self._author[0]}' reads what the base makes of words, and this base takes {name}")
+        main = inputs[name]
+        fills = {i.name: i.absent(main) for i in self.inputs}
         given = {name: inputs.get(name, fill) for name, fill in fills.items()}
         read = {node.target for node in graph.nodes if node.op == "get_attr"}
         defaults = {name: t.to(device) for name, t in self.ledger.defaults().items() if name in read}

@@ -6,106 +6,27 @@ metadata assertions go, `no_grad` blocks are inlined, tied weights take the name
 
 from __future__ import annotations
 
-import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
-from surgeon.cached import PARTS, PAST, cache_shapes, cached_forward
+from surgeon.cached import cached_forward
 from surgeon.errors import TraceError
+from surgeon.inputs import SAMPLE, Input, base_inputs, sample_inputs, vocabulary
 
-SAMPLE = {"batch": 2, "sequence": 7, "decoder_sequence": 5, "rows": 3, "past": 4}
+aten = torch.ops.aten
 
-
-@dataclass(frozen=True)
-class Input:
-    """A model input: integer ids or masks `[batch, sequence]`, or what earlier tokens left behind.
-
-    That is a tensor of the cache, `[batch, heads, past, width]`.
-    `fill` is what an absent one is taken to be: 1 for masks, 0 for token types, None where it is required. An axis may
-    be a sum, `past+sequence`.
-    """
-
-    name: str
-    axes: tuple[str | int, ...]
-    fill: int | None = None
-    dtype: torch.dtype = torch.int64
-
-    @property
-    def cached(self) -> bool:
-        """Whether it is a part of the cache: without earlier tokens it has no columns."""
-        return self.dtype.is_floating_point
-
-    def shape(self, sizes: Mapping[str, int]) -> list[int]:
-        """Its shape where the axes have these sizes."""
-        return [a if isinstance(a, int) else sum(sizes[word] for word in a.split("+")) for a in self.axes]
-
-    def absent(self, ids: Tensor) -> Tensor:
-        """What stands for it where only `ids` [batch, sequence] are given; these themselves where it is required."""
-        if self.fill is None:
-            return ids
-        sizes = {"batch": ids.shape[0], "sequence": ids.shape[1], "decoder_sequence": ids.shape[1], "past": 0}
-        return torch.full(self.shape(sizes), self.fill, dtype=self.dtype, device=ids.device)
-
-
-def text_inputs(model: PreTrainedModel) -> tuple[Input, ...]:
-    """The inputs that a text model's forward takes and a tokenizer gives."""
-    accepted = inspect.signature(model.forward).parameters
-    if "input_ids" not in accepted:
-        raise TraceError(
-            f"{type(model).__name__} takes no input_ids",
-            there_is=list(accepted),
-            try_="Surgeon traces text models so far",
-        )
-    known = [Input("input_ids", ("batch", "sequence")), Input("attention_mask", ("batch", "sequence"), 1)]
-    if (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
-        known.append(Input("token_type_ids", ("batch", "sequence"), 0))
-    if model.config.is_encoder_decoder:
-        known.append(Input("decoder_input_ids", ("batch", "decoder_sequence")))
-    return tuple(i for i in known if i.name in accepted)
-
-
-def cached_inputs(model: PreTrainedModel) -> tuple[Input, ...]:
-    """The inputs of a decoder that generates: the new tokens, a mask over all tokens, and the cache of earlier ones."""
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    past = [
-        Input(f"{PAST}_{PARTS[i % 2]}_{i // 2}", ("batch", heads, "past", width), 0, dtype)
-        for i, (heads, width) in enumerate(cache_shapes(model))
-    ]
-    text = (Input("input_ids", ("batch", "sequence")), Input("attention_mask", ("batch", "past+sequence"), 1))
-    return (*text, *past)
-
-
-def sample_inputs(inputs: tuple[Input, ...], vocabulary: int, device: torch.device) -> dict[str, Tensor]:
-    """Small valid inputs, every size different and at least two; ids are random but fixed."""
-    rng = torch.Generator().manual_seed(0)
-    low = min(3, vocabulary - 1)
-
-    def sample(i: Input) -> Tensor:
-        shape = i.shape(SAMPLE)
-        if i.cached:
-            return torch.randn(shape, generator=rng).to(i.dtype)
-        return torch.randint(low, vocabulary, shape, generator=rng) if i.fill is None else torch.full(shape, i.fill)
-
-    return {i.name: sample(i).to(device) for i in inputs}
-
-
-def vocabulary(model: PreTrainedModel) -> int:
-    """How many ids there are: rows of the table of tokens, or what the configuration says where ids are hashed."""
-    try:
-        table = model.get_input_embeddings()
-    except NotImplementedError:  # transformers' word for a model without one table of tokens
-        table = None
-    rows = getattr(getattr(table, "weight", None), "shape", (getattr(model.config, "vocab_size", None) or 100,))
-    return int(rows[0])
+FACTORS = (2, 4, 8, 16, 32, 64, 128)
+LIMIT = 4096
+"""How long a text may become for a trace."""
 
 
 def trace(model: PreTrainedModel, inputs: tuple[Input, ...] | None = None) -> fx.GraphModule:
@@ -115,16 +36,30 @@ def trace(model: PreTrainedModel, inputs: tuple[Input, ...] | None = None) -> fx
     cache after it. Parameters and buffers are the model's own tensors, not copies. Raises TraceError where torch.export
     cannot follow the model or freezes one of its sizes.
     """
-    inputs = inputs or text_inputs(model)
+    inputs = inputs or base_inputs(model)
+    device = next(model.parameters()).device
     generates = any(i.cached for i in inputs)
-    sample = sample_inputs(inputs, vocabulary(model), next(model.parameters()).device)
+    sizes: Mapping[str, int] | None = SAMPLE
+    while sizes is not None:
+        sample = sample_inputs(inputs, vocabulary(model), device, sizes)
+        exported = _exported(model, inputs, sample, generates=generates)
+        sizes = _larger(exported, inputs, sizes)
+    unlifted = exported.module(check_guards=False)
+    graph_module = fx.GraphModule(unlifted, unlifted.graph)
+    normalise(graph_module, model)
+    return graph_module
+
+
+def _exported(
+    model: PreTrainedModel, inputs: tuple[Input, ...], sample: Mapping[str, Tensor], *, generates: bool
+) -> ExportedProgram:
     training = model.training
     with _traceable(model, [i.name for i in inputs] if generates else None), _quiet():
         try:
-            exported = torch.export.export(
+            return torch.export.export(
                 model.train(not generates),
                 (),
-                sample,
+                dict(sample),
                 dynamic_shapes=_cached_dims(inputs) if generates else _dims(inputs),
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
@@ -136,10 +71,37 @@ def trace(model: PreTrainedModel, inputs: tuple[Input, ...] | None = None) -> fx
             ) from error
         finally:
             model.train(training)
-        unlifted = exported.module(check_guards=False)
-    graph_module = fx.GraphModule(unlifted, unlifted.graph)
-    normalise(graph_module, model)
-    return graph_module
+
+
+def _larger(exported: ExportedProgram, inputs: tuple[Input, ...], sizes: Mapping[str, int]) -> dict[str, int] | None:
+    """Sizes to trace with again, where a count that hangs on them was one and is one in the trace for good.
+
+    Such is the number of chunks that a recurrence cuts a text into. Raises TraceError where no size helps.
+    """
+    values = {n.name: n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder"}
+    words = {
+        str(size): axis
+        for i in inputs
+        for size, axis in zip(values[i.name].shape, i.axes, strict=True)
+        if isinstance(axis, str) and "+" not in axis
+    }
+    asserted = [n.args[0].meta["val"] for n in exported.graph.nodes if n.target is aten._assert_scalar.default]
+    counts = [
+        expr.lhs
+        for condition in asserted
+        if isinstance(condition, torch.SymBool) and isinstance(expr := condition.node.expr, sympy.Eq) and expr.rhs == 1
+        if {str(symbol) for symbol in expr.lhs.free_symbols} <= words.keys()
+    ]
+    if not counts:
+        return None
+    needed = {words[str(symbol)] for count in counts for symbol in count.free_symbols}
+    for factor in FACTORS:
+        larger = {word: size * factor + 1 if word in needed else size for word, size in sizes.items()}
+        if max(larger[word] for word in needed) > LIMIT:
+            break
+        if all(count.subs({s: larger[words[str(s)]] for s in count.free_symbols}) > 1 for count in counts):
+            return larger
+    raise TraceError(f"the trace holds only where {counts[0]} is 1", try_="a base that treats all lengths alike")
 
 
 def _reason(error: Exception) -> str:
@@ -149,7 +111,7 @@ def _reason(error: Exception) -> str:
 
 
 def _dims(inputs: tuple[Input, ...]) -> dict[str, Any]:
-    return {i.name: dict.fromkeys(range(len(i.axes)), Dim.DYNAMIC) for i in inputs}
+    return {i.name: {at: Dim.DYNAMIC for at, axis in enumerate(i.axes) if isinstance(axis, str)} for i in inputs}
 
 
 def _cached_dims(inputs: tuple[Input, ...]) -> dict[str, Any]:
@@ -161,11 +123,13 @@ def _cached_dims(inputs: tuple[Input, ...]) -> dict[str, Any]:
 
 @contextmanager
 def _traceable(model: PreTrainedModel, cached: Sequence[str] | None) -> Iterator[None]:
-    """Switch off what stops a trace (layer drop, auxiliary losses, an unwanted cache) and restore it afterwards."""
+    """Switch off what stops a trace (dropped layers, masked features, an unwanted cache) and restore it later."""
     configs = list({id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values())
     wanted = {"use_cache": cached is not None, "layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+    wanted |= {"apply_spec_augment": False}
     saved = [(c, k, getattr(c, k)) for c in configs for k in wanted if hasattr(c, k)]
-    attributes = [(m, "layerdrop", m.layerdrop) for m in model.modules() if hasattr(m, "layerdrop")]
+    dropped = ("layerdrop", "drop_prob")
+    attributes = [(m, k, getattr(m, k)) for m in model.modules() for k in dropped if hasattr(m, k)]
     try:
         for config, key, _ in saved:
             setattr(config, key, wanted[key])
@@ -199,8 +163,8 @@ def normalise(graph_module: fx.GraphModule, model: torch.nn.Module) -> None:
     """Bring a fresh trace into the one form that anatomy and passes read."""
     for node in list(graph_module.graph.nodes):
         if (node.op == "call_module" and node.target == "_guards_fn") or node.target in (
-            torch.ops.aten._assert_tensor_metadata.default,
-            torch.ops.aten._assert_scalar.default,
+            aten._assert_tensor_metadata.default,
+            aten._assert_scalar.default,
         ):
             graph_module.graph.erase_node(node)
     _inline_grad_blocks(graph_module)

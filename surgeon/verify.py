@@ -13,10 +13,10 @@ from torch.func import functional_call
 
 from surgeon.dataflow import ancestors
 from surgeon.errors import CompositionError, InvariantError
+from surgeon.inputs import sample_inputs
 from surgeon.ledger import initial
 from surgeon.module import switchable
 from surgeon.program import Program
-from surgeon.trace import sample_inputs
 
 
 @dataclass(frozen=True)

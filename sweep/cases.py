@@ -1,4 +1,4 @@
-"""The cases of the sweep: every family with a text head, and a tiny random base for each."""
+"""The cases of the sweep: every family with a head for texts, images or sounds, and a tiny random base for each."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from surgeon.base.heads import AUTO, auto_class
 from surgeon.base.loading import quiet, seeded
+from surgeon.inputs import base_inputs, sample_inputs, vocabulary
 from surgeon.spec import HeadName
-from surgeon.trace import sample_inputs, text_inputs, vocabulary
 from sweep.shrinking import LADDER, Sizes, parts, tiny
 
 HEADS: tuple[HeadName, ...] = (
@@ -21,6 +21,8 @@ HEADS: tuple[HeadName, ...] = (
     "causal-lm",
     "masked-lm",
     "token-classification",
+    "image-classification",
+    "audio-classification",
 )
 EXCEPTIONS = {
     "encoder-decoder": "a frame around two other models, without defaults",
@@ -91,6 +93,6 @@ def _build(case: Case, config: PretrainedConfig) -> PreTrainedModel:
 
 def _runs(model: PreTrainedModel) -> None:
     with quiet(), torch.no_grad():
-        output = model(**sample_inputs(text_inputs(model), vocabulary(model), torch.device("cpu")))
+        output = model(**sample_inputs(base_inputs(model), vocabulary(model), torch.device("cpu")))
     if not torch.isfinite(output.logits).all():
         raise ValueError("the random base answers with numbers that are not finite")

@@ -18,11 +18,12 @@ from surgeon.base import open_base
 from surgeon.base.opening import Base
 from surgeon.compiler import Compiled, begin, passes
 from surgeon.exporters.onnx import OnnxExporter
+from surgeon.inputs import base_inputs, vocabulary
 from surgeon.model import TaskModel
 from surgeon.module import copied
 from surgeon.pipeline import run_passes
 from surgeon.spec import read_spec
-from surgeon.trace import text_inputs, trace, vocabulary
+from surgeon.trace import trace
 from sweep.cases import Case, base
 from sweep.oracle import faults
 from sweep.shrinking import LADDER, Sizes
@@ -30,6 +31,8 @@ from sweep.shrinking import LADDER, Sizes
 TECHNIQUES = ("lora", "bitfit", "adapter", "prefix")
 SHAPES = ((3, 11, 4), (1, 5, 0), (2, 20, 3))
 """Batch, tokens, and how many of the first row's are padding; none of them the trace's."""
+SAMPLES = 400
+"""Of a sound, about as many as a token is made of."""
 BAR = 1e-4
 Notes = dict[str, Any]
 
@@ -151,7 +154,6 @@ def _in_onnx_runtime(compiled: Compiled) -> str | None:
     """The task and the base, each at every shape."""
     base, ours = compiled.base.model, compiled.model("a").eval()
     deltas = {name: t.detach().numpy() for name, t in ours.deployed().items()}
-    fills = {i.name: i.fill for i in compiled.program.inputs}
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -160,8 +162,9 @@ def _in_onnx_runtime(compiled: Compiled) -> str | None:
         session = ort.InferenceSession(Path(folder) / "model.onnx", options)
         for shape in SHAPES:
             given = feed(base, *shape)
-            seen = given["attention_mask"].bool()
-            given = {n: given.get(n, torch.full_like(given["input_ids"], fills[n] or 0)) for n in fills}
+            seen = given.get("attention_mask", torch.ones(1)).bool()
+            main = next(iter(given.values()))
+            given = {i.name: given.get(i.name, i.absent(main)) for i in compiled.program.inputs}
             arrays = {n: t.numpy() for n, t in given.items()}
             for extra, peer, who in (({}, base, "base"), (deltas, ours, "task")):
                 found = torch.from_numpy(np.asarray(session.run(["logits"], arrays | extra)[0]))
@@ -174,15 +177,24 @@ def _in_onnx_runtime(compiled: Compiled) -> str | None:
 
 
 def feed(model: PreTrainedModel, batch: int, length: int, pad: int) -> dict[str, Tensor]:
-    """Ids, and a mask that hides the end of the first row."""
+    """Ids, pixels or samples of a sound; and a mask, where there is one, that hides the end of the first row."""
     draw = torch.Generator().manual_seed(length)
     rows = vocabulary(model)
-    ids = torch.randint(min(3, rows - 1), min(rows, 100), (batch, length), generator=draw)
-    mask = torch.ones_like(ids)
-    ids[0, length - pad :], mask[0, length - pad :] = model.config.pad_token_id or 0, 0
-    given = {"input_ids": ids, "attention_mask": mask}
-    if any(i.name == "decoder_input_ids" for i in text_inputs(model)):
-        given["decoder_input_ids"] = torch.randint(3, min(rows, 100), (batch, max(length - 3, 1)), generator=draw)
+    sizes = {"batch": batch, "sequence": length, "decoder_sequence": max(length - 3, 1)}
+    sizes |= {"samples": SAMPLES * (length + 1), "frames": 3 * length + 1}
+    given = {}
+    for i in base_inputs(model):
+        shape = i.shape(sizes)
+        if i.dtype.is_floating_point:
+            given[i.name] = torch.randn(shape, generator=draw)
+        elif i.fill is None:
+            given[i.name] = torch.randint(min(3, rows - 1), min(rows, 100), shape, generator=draw)
+        elif i.fill == 1:
+            given[i.name] = torch.ones(shape, dtype=i.dtype)
+    main, mask = next(iter(given.values())), given.get("attention_mask")
+    if mask is not None and pad:
+        hidden = mask.shape[1] * pad // length
+        mask[0, -hidden:], main[0, -hidden:] = 0, 0 if main.is_floating_point() else model.config.pad_token_id or 0
     return given
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from surgeon.anatomy import Anatomy, Attention, Join, Projection
 from surgeon.dataflow import ancestors, descendants
-from surgeon.trace import sample_inputs, text_inputs, vocabulary
+from surgeon.inputs import base_inputs, sample_inputs, vocabulary
 from sweep.shrinking import depths
 
 aten = torch.ops.aten
@@ -44,7 +44,7 @@ def counts(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[str]:
     Attention and another mixer side by side in one join are one; a family may feed forward twice a layer (macarons,
     gates by layer), or have one sublayer a layer.
     """
-    fields = depths(model.config)
+    fields, stages = depths(model.config), getattr(model.config, "depths", None)
     found = {kind: {(j.stack, j.skip) for j in anatomy.joins if j.role == f"residual.{kind}"} for kind in KINDS}
     mixing, feeding, crossing = (
         len(found["attention"] | found["mixer"]),
@@ -57,6 +57,8 @@ def counts(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[str]:
         wanted += deep[0]
         if crossing != deep[0]:
             yield f"{crossing} cross-attentions in {deep[0]} decoder layers"
+    elif stages:
+        wanted = sum(stages)
     elif "num_hidden_layers" in fields:
         wanted = fields["num_hidden_layers"]
     else:
@@ -65,7 +67,7 @@ def counts(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[str]:
     one_each = mixing + feeding == wanted
     if not each and not one_each:
         yield f"{mixing} mixing and {feeding} feed-forward sublayers in {wanted} layers"
-    depth = sum(anatomy.layers.get(stack, 0) for stack in ("encoder", "decoder"))
+    depth = sum(anatomy.layers.values() if stages else (anatomy.layers.get(s, 0) for s in ("encoder", "decoder")))
     if depth != wanted:
         yield f"layers by stack are {anatomy.layers}, by configuration {wanted}"
 
@@ -130,7 +132,7 @@ class _Without(fx.Interpreter):
 
 def removal(model: PreTrainedModel, graph_module: fx.GraphModule, anatomy: Anatomy) -> Iterator[str]:
     """A sublayer taken out at its join is the model itself with the weights of its last projections at zero."""
-    inputs = text_inputs(model)
+    inputs = base_inputs(model)
     sample = sample_inputs(inputs, vocabulary(model), torch.device("cpu"))
     parameters = dict(graph_module.named_parameters())
     with torch.no_grad():

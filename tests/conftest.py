@@ -59,8 +59,8 @@ def begun() -> Callable[..., Program]:
 
     def begin(model: PreTrainedModel, module: fx.GraphModule) -> Program:
         from surgeon.anatomy import find
+        from surgeon.inputs import text_inputs
         from surgeon.program import Program
-        from surgeon.trace import text_inputs
 
         return Program(
             graph_module=module,

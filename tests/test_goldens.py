@@ -11,10 +11,11 @@ from surgeon.anatomy import find
 from surgeon.base import open_base
 from surgeon.compiler import passes
 from surgeon.graph_text import graph_text
+from surgeon.inputs import text_inputs
 from surgeon.pipeline import run_passes
 from surgeon.program import Program
 from surgeon.spec import read_spec
-from surgeon.trace import text_inputs, trace
+from surgeon.trace import trace
 
 GOLDENS = Path(__file__).parent / "goldens"
 ANATOMIES = {

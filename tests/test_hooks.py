@@ -13,12 +13,13 @@ from torch import Tensor
 import surgeon
 from surgeon.anatomy import Join, find, select, selectors
 from surgeon.compiler import Compiled
+from surgeon.inputs import text_inputs
 from surgeon.ledger import Schedule
 from surgeon.passes import Pass, PassResult
 from surgeon.pipeline import run_passes
 from surgeon.program import Program
 from surgeon.starts import ones, zeros
-from surgeon.trace import text_inputs, trace
+from surgeon.trace import trace
 from surgeon.train import Row, TrainOptions, load_tokenizer, train_task
 from surgeon.train.schedules import ScheduleCallback
 

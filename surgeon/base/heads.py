@@ -6,7 +6,9 @@ from typing import Any, get_args
 
 from transformers import (
     AutoModel,
+    AutoModelForAudioClassification,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
@@ -27,6 +29,8 @@ AUTO: dict[HeadName, Any] = {
     "seq2seq-lm": AutoModelForSeq2SeqLM,
     "causal-lm": AutoModelForCausalLM,
     "masked-lm": AutoModelForMaskedLM,
+    "image-classification": AutoModelForImageClassification,
+    "audio-classification": AutoModelForAudioClassification,
     "feature-extraction": AutoModel,
 }
 assert set(AUTO) == set(get_args(HeadName))
@@ -39,6 +43,9 @@ def auto_class(config: PretrainedConfig, head: HeadName, source: str) -> Any:
     heads = [name for name, other in AUTO.items() if _class_names(config, other) or other.__name__ in remote]
     if head not in heads:
         raise BaseError(f"a {config.model_type} model has no head '{head}'", where=source, there_is=heads)
+    names = _class_names(config, auto)
+    if len(names) > 1 and not config.architectures:  # among several classes it chooses by this, and fails without
+        config.architectures = [names[0]]
     return auto
 
 

@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 
 from surgeon.errors import TraceError
 from surgeon.program import Program
-from surgeon.trace import SAMPLE
+from surgeon.inputs import sizes_of
 
 aten = torch.ops.aten
 
@@ -117,6 +117,7 @@ class _Writer:
         self._shapes = ShapeEnv()
         self._mode = FakeTensorMode(shape_env=self._shapes)
         self._sizes: dict[str, torch.SymInt] = {}
+        self._hints = sizes_of(program.inputs, {n.name: n.meta["val"] for n in source.graph.find_nodes(op="placeholder")})
         self._computed: dict[fx.Node, fx.Node] = {}
 
     def write(self, outputs: Collection[str]) -> dict[str, fx.Node]:
@@ -190,7 +191,7 @@ class _Writer:
             return torch.empty(shape, dtype=dtype)
 
     def _axis(self, axis: str | int) -> Any:
-        return axis if isinstance(axis, int) else sum(self._size(word, SAMPLE[word]) for word in axis.split("+"))
+        return axis if isinstance(axis, int) else sum(self._size(word, self._hints[word]) for word in axis.split("+"))
 
     def _size(self, word: str, hint: int) -> torch.SymInt:
         if word not in self._sizes:

@@ -17,12 +17,12 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from surgeon.errors import CompositionError
+from surgeon.inputs import Input
 from surgeon.ledger import Delta, Ledger
 from surgeon.mixed.rows import ROWS, RowWise
 from surgeon.mixed.writing import Writing
 from surgeon.program import Program
 from surgeon.rewriting import LIVE
-from surgeon.trace import Input
 
 aten = torch.ops.aten
 TASK_IDS, TASKS = "task_ids", "tasks"

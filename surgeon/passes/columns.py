@@ -102,7 +102,7 @@ def _causal(query: Tensor, _: Tensor, live: Tensor) -> Tensor:
 
 def _all(query: Tensor, key: Tensor, live: Tensor) -> Tensor:
     rows = query.shape[-2]
-    seen = torch.ones(rows, key.shape[-2] - live.shape[-1], dtype=torch.bool, device=query.device)
+    seen = query.new_ones([rows, key.shape[-2] - live.shape[-1]], dtype=torch.bool)
     return torch.cat([(live > 0).expand(rows, -1), seen], -1)
 
 

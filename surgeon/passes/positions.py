@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from surgeon.ledger import Delta
 from surgeon.dataflow import ancestors
 from surgeon.program import Program
-from surgeon.trace import sample_inputs
+from surgeon.inputs import sample_inputs
 
 ANGLES = (torch.ops.aten.cos.default, torch.ops.aten.sin.default)
 
@@ -46,7 +46,10 @@ def position_operands(program: Program, stack: str) -> Iterator[tuple[fx.Node, f
         for operand in _candidates(node, angles):
             ramp = values.of(operand)
             axis = None if ramp is None else ramp_axis(ramp)
-            if axis is not None and _stack_of(program, operand, axis) == stack:
+            # What counts the places of a fixed size, an image's, has no room for more of them.
+            if axis is None or not isinstance(operand.meta["val"].shape[axis], torch.SymInt):
+                continue
+            if _stack_of(program, operand, axis) == stack:
                 yield node, operand
 
 

@@ -147,9 +147,14 @@ class Virtual:
 
 
 def text_ids(program: Program) -> fx.Node:
-    """The input that holds the text."""
-    found: fx.Node = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name == "input_ids")
-    return found
+    """The input that holds the text. Raises SelectorError where the base reads none."""
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name == "input_ids":
+            return node  # type: ignore[no-any-return]
+    raise SelectorError(
+        "virtual tokens stand in front of a text, and this base reads none",
+        there_is=[i.name for i in program.inputs],
+    )
 
 
 def text_table(program: Program) -> Embedding:

@@ -47,6 +47,8 @@ HeadName = Literal[
     "causal-lm",
     "masked-lm",
     "seq2seq-lm",
+    "image-classification",
+    "audio-classification",
     "feature-extraction",
 ]
 TASK_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")

@@ -10,7 +10,7 @@ from torch import fx
 
 from surgeon.anatomy import Anatomy
 from surgeon.anatomy.report import spans
-from surgeon.trace import sample_inputs, text_inputs
+from surgeon.inputs import sample_inputs, text_inputs
 
 SIDES = ("query", "key", "value", "output")
 

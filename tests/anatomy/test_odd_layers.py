@@ -9,7 +9,8 @@ import transformers
 from torch import fx
 
 from surgeon.anatomy import Anatomy, find
-from surgeon.trace import sample_inputs, text_inputs, trace
+from surgeon.inputs import sample_inputs, text_inputs
+from surgeon.trace import trace
 
 SIZES = {"vocab_size": 131, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"intermediate_size": 48, "max_position_embeddings": 40, "pad_token_id": 0}

@@ -24,10 +24,10 @@ from surgeon.base.heads import auto_class
 from surgeon.cli import main
 from surgeon.compiler import Compiled, passes, study
 from surgeon.foreign.importing import assemble, fill, read
+from surgeon.inputs import text_inputs
 from surgeon.pipeline import run_passes
 from surgeon.program import Program
 from surgeon.spec import BaseSpec, read_spec
-from surgeon.trace import text_inputs
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

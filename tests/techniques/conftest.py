@@ -15,10 +15,11 @@ import surgeon
 from surgeon.anatomy import find
 from surgeon.base import Base, open_base
 from surgeon.compiler import Compiled, passes
+from surgeon.inputs import text_inputs
 from surgeon.pipeline import run_passes
 from surgeon.program import Program
 from surgeon.spec import Spec, read_spec
-from surgeon.trace import text_inputs, trace
+from surgeon.trace import trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
