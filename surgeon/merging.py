@@ -23,9 +23,9 @@ from surgeon.base import write_base
 from surgeon.build import check_writable
 from surgeon.compiler import Compiled, compile, load
 from surgeon.errors import DeltaError, InvariantError, SpecError, did_you_mean, shorten
+from surgeon.inputs import sample_inputs, vocabulary
 from surgeon.model import TaskModel, on_cpu, task_config
 from surgeon.module import switchable
-from surgeon.trace import sample_inputs, vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
