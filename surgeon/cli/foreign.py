@@ -70,21 +70,36 @@ def import_(  # noqa: PLR0917
     )
 
 
-def export(
+def export(  # noqa: PLR0917
     build: Build,
-    task: Task,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write: absent or empty.")],
-    to: Annotated[str, typer.Option("--to", help="The library that is to load it.")] = "peft",
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="The folder to write: absent or empty; of `triton` the model repository."),
+    ],
+    task: Annotated[str | None, typer.Option("--task", "-t", help="The task; `triton` has all of them.")] = None,
+    to: Annotated[str, typer.Option("--to", help="peft, or triton.")] = "peft",
+    name: Annotated[str, typer.Option("--name", help="For `triton`: what the model is called there.")] = "surgeon",
+    threads: Annotated[int, typer.Option("--threads", help="For `triton`: ONNX Runtime's threads.")] = 1,
     json: Json = False,
 ) -> None:
-    """Write a task of a build as a folder that PEFT loads.
+    """Write a task of a build as a folder that PEFT loads, or the build as a model of Triton's Python backend.
 
-    Example: `surgeon export build --task sentiment --to peft -o sentiment`
+    Examples: `surgeon export build --task sentiment --to peft -o sentiment`,
+    `surgeon export build --to triton -o models`
     """
-    from surgeon.foreign import export_task
-
+    if (task is None) != (to == "triton"):
+        raise SpecError(
+            f"--to {to} {'takes no --task: it has all of them' if task else 'needs --task'}", where="surgeon export"
+        )
     with steps(silent=json) as progress:
-        folder = export_task(build, task, out, to=to, progress=progress)
+        if task is None:
+            from surgeon.server.triton import write_entry
+
+            folder = write_entry(build, out, name, threads=threads)
+        else:
+            from surgeon.foreign import export_task
+
+            folder = export_task(build, task, out, to=to, progress=progress)
     if json:
         emit({"build": str(build), "task": task, "to": to, "folder": str(folder)})
     else:

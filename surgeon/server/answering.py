@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from surgeon.errors import DataError, SpecError
-from surgeon.runtime import Session, TaskInfo
+from surgeon.runtime import Manifest, Session, TaskInfo
 from surgeon.runtime.answers import LOGITS, answers
 from surgeon.runtime.feeds import SEQUENCE, complete
 from surgeon.runtime.taskfile import Array
@@ -53,7 +53,7 @@ class Answering:
     @property
     def classifies(self) -> bool:
         """Whether rows are classes, so that answers have a label and a score."""
-        return any(port.name == LOGITS and len(port.axes) == 2 for port in self._manifest.outputs)
+        return classifies(self._manifest)
 
     def info(self, name: str | None) -> TaskInfo | None:
         """What is known of a task; None for the base. Raises SpecError where there is none."""
@@ -133,6 +133,11 @@ class Answering:
             return [{name: arrays[i] for name, arrays in parts.items()} for i in range(len(jobs))]
         rows = iter(self.session.run(inputs, [job.task for job in jobs for _ in range(job.rows)]))
         return [_stacked([next(rows) for _ in range(job.rows)]) for job in jobs]
+
+
+def classifies(manifest: Manifest) -> bool:
+    """Whether a build's rows are classes."""
+    return any(port.name == LOGITS and len(port.axes) == 2 for port in manifest.outputs)
 
 
 def read_texts(array: Array) -> list[Text]:

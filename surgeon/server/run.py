@@ -10,7 +10,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from surgeon.errors import SpecError
-from surgeon.runtime import Session
+from surgeon.runtime import Session, read_manifest
 from surgeon.server.answering import BASE
 from surgeon.server.app import Server, make_server
 from surgeon.server.limits import Limits
@@ -65,7 +65,8 @@ def serve(
     open_log(level)
     listening = listen(host, port)
     try:
-        with Session(build, threads=threads, resident=resident, store=store) as session:
+        mixed = "mixed" in read_manifest(build).modes
+        with Session(build, threads=threads, resident=resident, store=store, mixed=mixed) as session:
             server = make_server(session, limits, resident=resident, runners=runners, token=token, base=base)
             say("listening", host=host, port=listening.getsockname()[1], build=str(build))
             Stoppable(configure(server, limits)).run(sockets=[listening])
