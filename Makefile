@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint sweep architectures bench counts quality quality-fusion goldens docs clean
+.PHONY: help setup demo test lint sweep architectures bench counts quality quality-fusion ray goldens docs clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -48,6 +48,10 @@ quality: setup ## accuracy of every technique and of its peer on real sentences;
 
 quality-fusion: setup ## AdapterFusion of adapters trained alone and together, each without it; resumable; writes docs/quality-fusion.md
 	$(BIN)/python -m benchmarks.quality_fusion
+
+ray: setup ## replicas on Ray Serve, one killed under load: deploy/ray
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
+	$(BIN)/python -m pytest -m sweep tests/deploy
 
 goldens: setup ## write the golden graph texts anew
 	$(BIN)/python -m pytest tests/test_goldens.py --update-goldens
