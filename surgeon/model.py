@@ -6,31 +6,20 @@ import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
-from transformers.loss.loss_utils import LOSS_MAPPING
 
 from surgeon.errors import DeltaError
 from surgeon.inputs import Input
 from surgeon.ledger import Ledger, check_trained, initial
+from surgeon.losses import as_often, loss_of, shifted
 from surgeon.module import place
 from surgeon.packing import packed
 from surgeon.probes import Probe, Reader
 from surgeon.recompute import recomputed
-
-LOSSES = {
-    "sequence-classification": "ForSequenceClassification",
-    "token-classification": "ForTokenClassification",
-    "question-answering": "ForQuestionAnswering",
-    "causal-lm": "ForCausalLM",
-    "masked-lm": "ForMaskedLM",
-    "seq2seq-lm": "ForMaskedLM",
-    "image-classification": "ForImageClassification",
-    "audio-classification": "ForSequenceClassification",
-}
 
 
 class TaskModel(nn.Module):
@@ -152,8 +141,8 @@ class TaskModel(nn.Module):
         output = self._run(self._complete(given, labels), self._form(texts is not None))
         targets = {"labels": labels, "start_positions": start_positions, "end_positions": end_positions}
         if any(value is not None for value in targets.values()):
-            given_targets = {name: _as_often(value, output) for name, value in targets.items() if value is not None}
-            loss = self._loss(output, given_targets)
+            given_targets = {name: as_often(value, output) for name, value in targets.items() if value is not None}
+            loss = loss_of(self.head_name, output, given_targets, self.config)
             if self.training:
                 loss = loss + self._penalty()
             output = type(output)(loss=loss, **{k: v for k, v in output.items() if k != "loss"})
@@ -232,27 +221,12 @@ class TaskModel(nn.Module):
         if unknown := set(given) - set(names):
             raise DeltaError(f"the traced base takes no {sorted(unknown)}", there_is=names)
         if "decoder_input_ids" in names and "decoder_input_ids" not in given and labels is not None:
-            given["decoder_input_ids"] = self._shifted(labels)
+            given["decoder_input_ids"] = shifted(labels, self.config)
         for spec in self.inputs:
             if spec.fill is None and spec.name not in given:
                 raise DeltaError(f"input '{spec.name}' is missing", there_is=list(given))
         main = given[names[0]]
         return {spec.name: given[spec.name] if spec.name in given else spec.absent(main) for spec in self.inputs}
-
-    def _shifted(self, labels: Tensor) -> Tensor:
-        start = self.config.decoder_start_token_id
-        first = labels.new_full((labels.shape[0], 1), start)
-        return torch.cat([first, labels[:, :-1].masked_fill(labels[:, :-1] == -100, self.config.pad_token_id)], 1)
-
-    def _loss(self, output: Any, labels: Mapping[str, Any]) -> Tensor:
-        loss: Callable[..., Tensor] = cast(Any, LOSS_MAPPING[LOSSES[self.head_name]])
-        if self.head_name == "question-answering":
-            return loss(output.start_logits, output.end_logits, **labels)
-        if self.head_name in {"sequence-classification", "image-classification", "audio-classification"}:
-            return loss(labels=labels["labels"], pooled_logits=output.logits, config=self.config)
-        if self.head_name == "token-classification":
-            return loss(labels=labels["labels"], logits=output.logits, config=self.config)
-        return loss(output.logits.contiguous(), labels["labels"], vocab_size=output.logits.shape[-1])
 
     def deployed(self) -> dict[str, Tensor]:
         """The task's tensors in the form the graph reads: folded, differentiable; defaults where they are dropped."""
@@ -291,12 +265,6 @@ def on_cpu(models: Iterable[TaskModel]) -> Iterator[None]:
     finally:
         for model, device in devices:
             model.to(device)
-
-
-def _as_often(labels: Tensor, output: Any) -> Tensor:
-    """Labels for every row of an output: an ensemble answers each text several times in training."""
-    rows = next(t for t in output.values() if isinstance(t, Tensor)).shape[0]
-    return labels.repeat(rows // labels.shape[0], *[1] * (labels.dim() - 1))
 
 
 def task_config(config: Any, labels: Sequence[str] | int | None) -> Any:

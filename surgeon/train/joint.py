@@ -47,6 +47,21 @@ class Joint:
         """Where they are."""
         return next(self.any.parameters()).device
 
+    @property
+    def cuda(self) -> list[torch.device]:
+        """The device whose random state they use, if it is not the CPU."""
+        return [self.device] if self.device.type == "cuda" else []
+
+    def random_states(self) -> dict[str, Tensor]:
+        """The random states that their dropout depends on."""
+        return {"cpu": torch.get_rng_state(), **{d.type: torch.cuda.get_rng_state(d) for d in self.cuda}}
+
+    def set_random_states(self, states: Mapping[str, Tensor]) -> None:
+        """Go back to random states."""
+        torch.set_rng_state(states["cpu"])
+        for device in self.cuda:
+            torch.cuda.set_rng_state(states["cuda"], device)
+
     def trained(self, tasks: Collection[str]) -> list[Tensor]:
         """What is trained by steps of these tasks."""
         models = [model for task, model in self.models.items() if task in tasks]

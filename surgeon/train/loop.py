@@ -21,7 +21,7 @@ from surgeon.train.options import TrainOptions
 from surgeon.train.outcome import DivergedError, Progress, TrainResult
 from surgeon.train.processes import ALONE, Processes
 from surgeon.train.rows import TaskRows
-from surgeon.train.run import Data, Run, StepCallback, cuda_devices
+from surgeon.train.run import Data, Run, StepCallback
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,7 +104,7 @@ def _run(
     kinds = {task: kind_of(model) for task, model in joint.models.items()}
     length = options.max_length or next(iter(kinds.values())).max_length
     options = options.model_copy(update={"max_length": length})
-    with _threads(options.threads), torch.random.fork_rng(cuda_devices(joint)):
+    with _threads(options.threads), torch.random.fork_rng(joint.cuda):
         torch.manual_seed(options.seed + processes.rank)
         data = {
             task: Data(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -46,3 +47,13 @@ class TrainOptions(BaseModel):
     )
     checkpoint_steps: PositiveInt | None = Field(default=None, description="Steps between checkpoints within an epoch.")
     threads: PositiveInt | None = Field(default=None, description="CPU threads; as torch has them where not set.")
+
+    def share(self, step: int, total: int) -> float:
+        """The share of the learning rate at a step: up to 1 over the warm-up, then down to 0 or level."""
+        warmup = int(self.warmup * total)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        left = (total - step) / max(total - warmup, 1)
+        if self.schedule == "cosine":
+            return 0.5 * (1 - math.cos(math.pi * left))
+        return left if self.schedule == "linear" else 1.0

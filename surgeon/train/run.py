@@ -138,7 +138,7 @@ class Run:
             what = "the gradient is not finite" if math.isfinite(total) else f"the loss is {total}"
             raise self._diverged(what, self.step + 1)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * share(self.step, self.total, self.options)
+            group["lr"] = rate * self.options.share(self.step, self.total)
         self.optimizer.step()
         self.step += 1
         self.last_loss = total
@@ -234,7 +234,7 @@ class Run:
             tensors |= {f"optimizer/{index}/{name}": moment for name, moment in moments.items()}
         for task, number, schedule in self.joint.schedules:
             tensors |= {f"schedule/{task}/{number}/{name}": tensor for name, tensor in schedule.state().items()}
-        for rank, states in enumerate(self.processes.gather(random_states(self.joint))):
+        for rank, states in enumerate(self.processes.gather(self.joint.random_states())):
             tensors |= {f"random/{rank}/{name}": state for name, state in states.items()}
         state = {
             "identity": self.identity,
@@ -260,10 +260,7 @@ class Run:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         for task, number, schedule in self.joint.schedules:
             schedule.restore(found.under(f"schedule/{task}/{number}"))
-        states = found.under(f"random/{self.processes.rank}")
-        torch.set_rng_state(states["cpu"])
-        for device in cuda_devices(self.joint):
-            torch.cuda.set_rng_state(states["cuda"], device)
+        self.joint.set_random_states(found.under(f"random/{self.processes.rank}"))
         self.step, self.own = found.step, found.state["own"]
         self.history = [Epoch(**epoch) for epoch in found.state["history"]]
         self.best_epoch, self.stopped = found.state["best_epoch"], found.state["stopped"]
@@ -285,27 +282,3 @@ class Run:
             resumed_from=found.step if found else None,
             stopped_early=self.stopped and self.step < self.total,
         )
-
-
-def share(step: int, total: int, options: TrainOptions) -> float:
-    """The share of the learning rate at a step: up to 1 over the warm-up, then down to 0 or level."""
-    warmup = int(options.warmup * total)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    left = (total - step) / max(total - warmup, 1)
-    if options.schedule == "cosine":
-        return 0.5 * (1 - math.cos(math.pi * left))
-    return left if options.schedule == "linear" else 1.0
-
-
-def cuda_devices(joint: Joint) -> list[torch.device]:
-    """The device whose random state the models use, if it is not the CPU."""
-    return [joint.device] if joint.device.type == "cuda" else []
-
-
-def random_states(joint: Joint) -> dict[str, Tensor]:
-    """The random states that the models' dropout depends on."""
-    states = {"cpu": torch.get_rng_state()}
-    for device in cuda_devices(joint):
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
