@@ -20,6 +20,7 @@ from surgeon.base.talking import chat_template
 from surgeon.errors import BuildError, DeltaError
 from surgeon.exporters.cache import export_cached
 from surgeon.exporters.genai import GENAI, genai_config, not_carried
+from surgeon.exporters.shared import starts
 from surgeon.exporters.versions import tool_version, tool_versions
 from surgeon.graph_text import graph_text
 from surgeon.inputs import vocabulary
@@ -80,8 +81,10 @@ class Contents:
     def generation(self) -> dict[str, Any] | None:
         """What writes a text: where the cache goes in and comes out, and the tokens that end a text."""
         inputs = self.program.inputs
+        begin = starts(self.program) if self.program.shares_cache else {}
         cache = [
             {
+                "start": begin.get(i.name),
                 "past": {"name": i.name, "dtype": str(i.dtype).removeprefix("torch."), "axes": list(i.axes)},
                 "present": present,
             }
@@ -90,7 +93,10 @@ class Contents:
         said: Any = getattr(self.base.model, "generation_config", self.base.model.config)
         end = getattr(said, "eos_token_id", None)
         ends = [] if end is None else [end] if isinstance(end, int) else list(end)
-        return {"cache": cache, "end": ends, "tokens": chat_template(self.base)[1]} if cache else None
+        if not cache:
+            return None
+        shares = self.program.shares_cache
+        return {"cache": cache, "shared": shares, "end": ends, "tokens": chat_template(self.base)[1]}
 
 
 def write_build(contents: Contents, out: Path, report: Callable[[str], None]) -> Path:

@@ -14,6 +14,7 @@ from surgeon.base import Base, load_base, open_base
 from surgeon.build import BASE, Contents, check_writable, pack_tasks, write_build
 from surgeon.errors import BuildError, DeltaError, InvariantError, SpecError, did_you_mean
 from surgeon.exporters.quantise import check_weights, products
+from surgeon.exporters.shared import shareable
 from surgeon.inputs import Input, base_inputs, cached_inputs
 from surgeon.ledger import Delta, symbols
 from surgeon.model import TaskModel, on_cpu
@@ -201,6 +202,12 @@ def _generating(spec: Spec, opened: Base, program: Program, steps: list[Pass], r
     run_passes(served, steps, lambda i: spec.locate(("surgery", i)))
     if [_port(d) for d in served.ledger.deltas.values()] != [_port(d) for d in program.ledger.deltas.values()]:
         raise InvariantError("with a cache the surgery gives other deltas than without", where=where)
+    if spec.export.cache == "auto":
+        report("comparing the cache as one buffer")
+        reason = shareable(served)
+        served.shares_cache = reason is None
+        if reason is not None:
+            report(f"the cache grows from token to token: {reason}")
     return served
 
 

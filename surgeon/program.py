@@ -46,6 +46,8 @@ class Program(Holding):
     ledger: Ledger = field(default_factory=Ledger)
     applied: list[str] = field(default_factory=list)
     drift: float | None = None
+    shares_cache: bool = False
+    """Whether an exporter lets the cache be one buffer that is written in place."""
     _makers: dict[str, tuple[str, str]] = field(default_factory=dict)
     _taken: dict[str, tuple[Delta, tuple[str, str]]] = field(default_factory=dict)
 

@@ -55,7 +55,7 @@ def cache_key(
     tools = {"modelsurgeon": tool_version("modelsurgeon")} | tool_versions()
     constants = {n: hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for n, t in program.constants.items()}
     blocks = dict(program.quantised.forms) if weights in KEPT else {}
-    parts = [fingerprint, blocks, graph_text(program), deltas, constants, opset, weights, sorted(modes), tools]
+    parts = [fingerprint, blocks, program.shares_cache, graph_text(program), deltas, constants, opset, weights, sorted(modes), tools]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

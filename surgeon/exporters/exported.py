@@ -6,6 +6,7 @@ placeholder for every tensor, without what does nothing, and with one symbol for
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
 from types import FunctionType
 from typing import Any
@@ -209,8 +210,10 @@ class _Writer:
         kwargs: Any
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._env[n])
         target = self.program.operators.get(target, target)
-        if isinstance(target, FunctionType) and isinstance(node.meta["val"], Tensor):
+        if isinstance(target, FunctionType) and isinstance(node.meta["val"], Tensor | tuple):
             return self._spelled(target, args)
+        if target is operator.getitem and isinstance(args[0], tuple | list):  # one of several results
+            return args[0][args[1]]
         if target is aten.dropout.default:
             return args[0]
         if target is aten.scaled_dot_product_attention.default:
@@ -231,7 +234,7 @@ class _Writer:
             value = copied.meta["val"].view(_values(args[1]))
         return self._node(target, args, kwargs, value, node.name)
 
-    def _spelled(self, fn: Any, args: tuple[Any, ...]) -> fx.Node:
+    def _spelled(self, fn: Any, args: tuple[Any, ...]) -> Any:
         """An operator that torch does not have, as the technique that brought it writes it for exporters."""
         nodes = [a for a in args if isinstance(a, fx.Node)]
         body = make_fx(
@@ -242,7 +245,7 @@ class _Writer:
         for inner in body.graph.nodes:
             if inner.op == "call_function":
                 env[inner] = self.graph.node_copy(inner, env.__getitem__)
-        return env[body.graph.output_node().args[0]]  # type: ignore[index, no-any-return]
+        return fx.node.map_arg(body.graph.output_node().args[0], env.__getitem__)
 
     def _contiguous(self, node: fx.Node) -> fx.Node:
         """What every later `view` can read, as it stands in a graph that is decomposed; nothing to ONNX."""

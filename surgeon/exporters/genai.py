@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from surgeon.cached import PARTS, PAST, PRESENT
+from surgeon.exporters.shared import starts
 from surgeon.program import Program
 
 GENAI = "genai_config.json"
@@ -19,6 +20,8 @@ UNBOUNDED = 2**20
 def not_carried(program: Program, ends: list[int]) -> str | None:
     """Why onnxruntime-genai cannot run a decoder, if it cannot."""
     technique = next((d.technique for d in program.ledger.deltas.values() if d.once), None)
+    if technique is None and program.shares_cache and (begun := starts(program)):
+        technique = program.ledger.deltas[next(iter(begun.values()))].technique  # its cache begins empty
     if technique is not None:
         return f"onnxruntime-genai does not carry '{technique}'"
     return None if ends else "onnxruntime-genai needs a token that ends a text, and this base names none"
@@ -45,6 +48,7 @@ def genai_config(program: Program, ends: list[int], vocabulary: int) -> dict[str
         "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask", **names[PAST]},
         "outputs": {"logits": "logits", **names[PRESENT]},
     }
+    shares = program.shares_cache
     return {
         "model": {
             "type": "decoder",
@@ -55,5 +59,5 @@ def genai_config(program: Program, ends: list[int], vocabulary: int) -> dict[str
             "vocab_size": vocabulary,
             "decoder": decoder,
         },
-        "search": {"max_length": context, "past_present_share_buffer": False, "do_sample": False, "num_beams": 1},
+        "search": {"max_length": context, "past_present_share_buffer": shares, "do_sample": False, "num_beams": 1},
     }

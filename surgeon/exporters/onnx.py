@@ -23,6 +23,7 @@ from onnx_ir.passes import common
 from surgeon.errors import InvariantError, TraceError
 from surgeon.exporters.exported import exported
 from surgeon.exporters.quantise import quantised
+from surgeon.exporters.shared import shared
 from surgeon.ledger import Delta
 from surgeon.mixed import mixed
 from surgeon.module import copied
@@ -101,6 +102,8 @@ def convert(program: Program, opset: int, weights: str = "float32") -> ir.Model:
     """The program as an ONNX model in memory."""
     deltas = program.ledger.deltas
     source = quantised(copied(program.graph_module), program, weights)
+    if program.shares_cache:
+        source = shared(source, program)
     # Without gradients: attention of a mask that requires them is laid out in another way.
     with quiet(), torch.no_grad():
         try:

@@ -113,6 +113,8 @@ class Cached:
 
     past: Port
     present: str
+    start: str | None = None
+    """The delta that a text's cache begins with; None where it begins empty."""
 
     def shape(self, **sizes: int) -> list[int]:
         """Its shape where the axes have these sizes."""
@@ -127,6 +129,8 @@ class Generation:
     ends: frozenset[int]
     tokens: Mapping[str, str]
     """Special tokens that a chat template may name, as `bos_token`."""
+    shared: bool = False
+    """Whether past and present may be the same memory: each row's new columns are then written behind its own."""
 
 
 @dataclass(frozen=True)
@@ -336,9 +340,12 @@ def _generation(item: Fields) -> Generation:
     ends = item.get("end", list)
     if not all(isinstance(token, int) for token in ends):
         raise item.fault("end", "a list of token ids")
-    cache = tuple(Cached(_port(t.fields("past")), t.get("present", str)) for t in item.items("cache"))
+    cache = tuple(
+        Cached(_port(t.fields("past")), t.get("present", str), t.optional("start", str)) for t in item.items("cache")
+    )
     tokens = item.get("tokens", dict)
-    return Generation(cache, frozenset(ends), MappingProxyType({name: str(token) for name, token in tokens.items()}))
+    named = MappingProxyType({name: str(token) for name, token in tokens.items()})
+    return Generation(cache, frozenset(ends), named, shared=item.optional("shared", bool) or False)
 
 
 def _task(name: str, item: Fields) -> Task:

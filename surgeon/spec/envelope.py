@@ -169,6 +169,12 @@ class ExportSpec(Part):
         "answers for the last token alone.",
     )
 
+    cache: Literal["auto", "grown"] = Field(
+        default="auto",
+        description="The cache of a graph that writes texts. `auto`: one buffer that ONNX Runtime writes in place, "
+        "where that is exact for this base and surgery, else `grown`: a longer one made at every token.",
+    )
+
     @field_validator("modes")
     @classmethod
     def _once(cls, modes: tuple[str, ...]) -> tuple[str, ...]:

@@ -17,11 +17,16 @@ from transformers import PreTrainedTokenizerFast
 
 import surgeon
 from surgeon.audit import audit
+from surgeon.base import open_base
 from surgeon.cli import main
-from surgeon.compiler import Compiled
+from surgeon.compiler import Compiled, begin
 from surgeon.errors import BuildError, CompositionError, DataError, SpecError
 from surgeon.exporters.genai import not_carried
+from surgeon.exporters.shared import shareable
+from surgeon.inputs import cached_inputs
 from surgeon.runtime.generation.chat import Chat
+from surgeon.spec import BaseSpec, read_spec
+from surgeon.trace import trace
 
 if TYPE_CHECKING:
     from techniques.conftest import Lab
@@ -106,6 +111,70 @@ def test_every_token_is_pytorchs(lab: Lab, tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", WIDE)
 def test_every_token_is_pytorchs_elsewhere(lab: Lab, tmp_path: Path, kind: str) -> None:
     check_tokens(lab, kind, WIDE[kind], tmp_path / "build")
+
+
+def test_a_cache_that_grows_gives_the_same_tokens(lab: Lab, tmp_path: Path) -> None:
+    """The same tasks in both forms; rows end at different times, and others take their slots."""
+    made = compiled(lab, base(lab, "llama"), SURGERY["llama"])
+    ends = uncached(made.model("a"), prompts()[0], 9)[-2:] + uncached(made.model("b"), prompts()[3], 20)[-2:]
+    made.base.model.generation_config.eos_token_id = ends
+    try:
+        spec = read_spec({**made.spec.model_dump(mode="json"), "export": {"generate": True, "cache": "grown"}})
+        grown = copy.copy(made)
+        grown.spec, grown.served = spec, copy.copy(made.served)
+        assert made.served is not None
+        assert grown.served is not None
+        assert made.served.shares_cache
+        grown.served.shares_cache = False
+        folders = [one.save(tmp_path / name) for one, name in ((made, "shared"), (grown, "grown"))]
+    finally:
+        made.base.model.generation_config.eos_token_id = None
+    given = prompts((*LENGTHS, 3, 7, 2))
+    with surgeon.Session(folders[0], threads=1) as shared, surgeon.Session(folders[1], threads=1) as other:
+        assert [t.start is not None for t in shared.manifest.generation.cache] == [True] * 4
+        for task, batch in (("a", 3), (None, 2), ("b", 7)):
+            found = shared.generate(given, task, max_new_tokens=40, batch=batch)
+            assert found == other.generate(given, task, max_new_tokens=40, batch=4)
+            assert found == shared.generate(given, task, max_new_tokens=40, batch=1)
+            if task is not None:
+                assert len({len(row.tokens) for row in found}) > 2
+        ids = np.array([[0, 0, 0, *given[0]], given[1] * 8])
+        mask = np.array([[0] * 3 + [1] * 5, [1] * 8])
+        fed = {"input_ids": ids, "attention_mask": mask}
+        assert np.allclose(shared.run(fed, "a")["logits"], other.run(fed, "a")["logits"], atol=1e-5)
+        assert np.allclose(shared.run(fed)["logits"], other.run(fed)["logits"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "surgery", "reason"),
+    [
+        (
+            "llama",
+            [{"prefix": {"where": "attention@0", "length": 2}}],
+            "some layers have a prefix and others have none",
+        ),
+        ("gpt2", [{"prompt": {"length": 3}}], "a task acts where a text begins alone"),
+        pytest.param("gemma2", [{"lora": {}}], "not every attention is a product", marks=pytest.mark.sweep),
+    ],
+)
+def test_a_cache_grows_where_one_buffer_is_not_exact(
+    lab: Lab, kind: str, surgery: list[dict[str, Any]], reason: str
+) -> None:
+    said: list[str] = []
+    spec = {"surgery": surgery, "tasks": {"a": {}}, "export": {"generate": True}}
+    made = surgeon.compile(spec, base=base(lab, kind), progress=said.append)
+    assert made.served is not None
+    assert not made.served.shares_cache
+    assert any(reason in line for line in said)
+
+
+def test_a_sliding_window_is_no_triangle() -> None:
+    options = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    options |= {"intermediate_size": 64, "vocab_size": 100, "max_position_embeddings": 64, "model_type": "mistral"}
+    for window, reason in ((16, "an attention does not see all that was before"), (None, None)):
+        opened = open_base(BaseSpec(config={**options, "sliding_window": window}, head="causal-lm"))
+        inputs = cached_inputs(opened.model)
+        assert shareable(begin(opened, trace(opened.model, inputs), inputs)) == reason
 
 
 CHAT = """{{ bos_token }}{% for message in messages %}

@@ -3,8 +3,9 @@ Runtime.
 """
 
 from surgeon.runtime.generation.asking import Prompt, ask
+from surgeon.runtime.generation.decoder import Decoder
 from surgeon.runtime.generation.options import Choice, check_counts, choice
 from surgeon.runtime.generation.rows import Listener, Written
-from surgeon.runtime.generation.writing import Decoder, write
+from surgeon.runtime.generation.writing import write
 
 __all__ = ["Choice", "Decoder", "Listener", "Prompt", "Written", "ask", "check_counts", "choice", "write"]

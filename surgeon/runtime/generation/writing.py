@@ -2,63 +2,24 @@
 
 A prompt is read alone and without padding, so its neighbours change nothing in it, nor do virtual tokens that a task
 puts anywhere. The rows' caches then stand together with their ends aligned, and what is in front of a shorter one is
-masked. A row that ends gives its place to the next prompt.
+masked. A row that ends gives its place to the next prompt. Where the graph writes its cache in place, rows have a slot
+each instead: see `slots`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from onnxruntime import InferenceSession, OrtValue
 
 from surgeon.errors import DataError
+from surgeon.runtime.generation.decoder import Decoder
 from surgeon.runtime.generation.options import Choice
 from surgeon.runtime.generation.rows import Row
+from surgeon.runtime.generation.slots import Slots
 from surgeon.runtime.manifest import Generation, Manifest
-from surgeon.runtime.ort import ORT_ERRORS
 from surgeon.runtime.taskfile import Array
-
-LOGITS = "logits"
-
-
-class Decoder:
-    """The graph with some deltas bound, from new tokens and a cache to logits and the cache after them.
-
-    Binding keeps the cache with ONNX Runtime, and hands over a task's tensors once instead of at every step.
-    """
-
-    def __init__(self, session: InferenceSession, generation: Generation, deltas: Mapping[str, OrtValue]) -> None:
-        self._session, self._generation, self._deltas = session, generation, deltas
-        self._binding = session.io_binding()
-        for name, value in deltas.items():
-            self._binding.bind_ortvalue_input(name, value)
-
-    def step(self, ids: Array, mask: Array, past: Sequence[OrtValue]) -> tuple[Array, list[OrtValue]]:
-        """Logits `[rows, vocabulary]` of the last token, and the cache. Raises DataError where the graph cannot run."""
-        binding, cache = self._binding, self._generation.cache
-        binding.bind_cpu_input("input_ids", ids)
-        binding.bind_cpu_input("attention_mask", mask)
-        for tensor, value in zip(cache, past, strict=True):
-            binding.bind_ortvalue_input(tensor.past.name, value)
-        for name in (LOGITS, *(tensor.present for tensor in cache)):
-            binding.bind_output(name)
-        try:
-            self._session.run_with_iobinding(binding)
-        except ORT_ERRORS as error:
-            raise DataError(
-                f"the model cannot run on these inputs: {str(error).strip()}",
-                there_is=f"input_ids {list(ids.shape)} after {mask.shape[1] - ids.shape[1]} tokens",
-            ) from error
-        logits, *present = binding.get_outputs()
-        return logits.numpy()[:, -1].copy(), present  # its memory goes with the OrtValue
-
-    def empty(self) -> list[OrtValue]:
-        """The cache of one row that has read nothing."""
-        return [
-            OrtValue.ortvalue_from_numpy(np.zeros(t.shape(batch=1, past=0), t.past.dtype))
-            for t in self._generation.cache
-        ]
 
 
 class Batch:
@@ -66,13 +27,22 @@ class Batch:
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
+        self._fresh: list[tuple[Row, Sequence[OrtValue]]] = []
         self._cache: list[OrtValue] = []
         self._lengths: list[int] = []
 
     @property
     def going(self) -> int:
         """Rows that have not ended."""
-        return sum(row.reason is None for row in self.rows)
+        return sum(row.reason is None for row in (*self.rows, *(row for row, _ in self._fresh)))
+
+    def read(self, decoder: Decoder, row: Row) -> Array:
+        """Read the prompt of a row that is to come in; logits `[vocabulary]`."""
+        ids = np.array([row.prompt], dtype=np.int64)
+        both, cache = decoder.step(ids, np.ones_like(ids), decoder.empty())
+        self._fresh.append((row, cache))
+        logits: Array = both[0]
+        return logits
 
     def step(self, decoder: Decoder) -> Array:
         """Let every row go on by its last token; logits `[rows, vocabulary]`."""
@@ -82,8 +52,9 @@ class Batch:
         logits, self._cache = decoder.step(np.array([row.tokens[-1:] for row in self.rows]), mask, self._cache)
         return logits
 
-    def renew(self, fresh: Sequence[tuple[Row, Sequence[OrtValue]]]) -> None:
-        """Leave out rows that have ended, and take in others."""
+    def renew(self) -> None:
+        """Leave out rows that have ended, and take in those that were read."""
+        fresh, self._fresh = [(row, cache) for row, cache in self._fresh if row.reason is None], []
         kept = [i for i, row in enumerate(self.rows) if row.reason is None]
         if len(kept) == len(self.rows) and not fresh:
             return
@@ -107,7 +78,7 @@ def _wide(part: Array, columns: int) -> Array:
 
 
 def write(
-    rows: Iterable[Row],
+    rows: Sequence[Row],
     session: InferenceSession,
     manifest: Manifest,
     generation: Generation,
@@ -123,16 +94,12 @@ def write(
     once = {delta.name for delta in manifest.deltas if delta.once}
     reading = Decoder(session, generation, deltas)
     writing = Decoder(session, generation, {name: value for name, value in deltas.items() if name not in once})
-    waiting, together = iter(rows), Batch()
+    together = Slots(generation, deltas, rows, batch) if generation.shared else Batch()
+    waiting = iter(rows)
     while True:
-        fresh: list[tuple[Row, Sequence[OrtValue]]] = []
-        while len(fresh) + together.going < batch and (row := next(waiting, None)) is not None:
-            ids = np.array([row.prompt], dtype=np.int64)
-            logits, cache = reading.step(ids, np.ones_like(ids), reading.empty())
-            _go_on(row, logits[0], choice, generation.ends)
-            if row.reason is None:
-                fresh.append((row, cache))
-        together.renew(fresh)
+        while together.going < batch and (row := next(waiting, None)) is not None:
+            _go_on(row, together.read(reading, row), choice, generation.ends)
+        together.renew()
         if not together.rows:
             return
         for row, logits in zip(together.rows, together.step(writing), strict=True):

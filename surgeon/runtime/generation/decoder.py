@@ -1,0 +1,63 @@
+"""A step of a decoder on ONNX Runtime: new tokens and a cache in, logits and the cache after them out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from onnxruntime import InferenceSession, OrtValue
+
+from surgeon.errors import DataError
+from surgeon.runtime.manifest import Generation
+from surgeon.runtime.ort import ORT_ERRORS
+from surgeon.runtime.taskfile import Array
+
+LOGITS = "logits"
+
+
+class Decoder:
+    """The graph with some deltas bound, from new tokens and a cache to logits and the cache after them.
+
+    Binding keeps the cache with ONNX Runtime, and hands over a task's tensors once instead of at every step.
+    """
+
+    def __init__(self, session: InferenceSession, generation: Generation, deltas: Mapping[str, OrtValue]) -> None:
+        self._session, self._generation, self._deltas = session, generation, deltas
+        self._binding = session.io_binding()
+        for name, value in deltas.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._bound: Sequence[OrtValue] = ()
+
+    def step(self, ids: Array, mask: Array, past: Sequence[OrtValue]) -> tuple[Array, list[OrtValue]]:
+        """Logits `[rows, vocabulary]` of the last token, and the cache. Raises DataError where the graph cannot run.
+
+        A shared cache is written in place, and bound only where it is another one than before.
+        """
+        binding, cache, shared = self._binding, self._generation.cache, self._generation.shared
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("attention_mask", mask)
+        binding.bind_output(LOGITS)
+        if not (shared and past is self._bound):
+            for tensor, value in zip(cache, past, strict=True):
+                binding.bind_ortvalue_input(tensor.past.name, value)
+                if shared:
+                    binding.bind_ortvalue_output(tensor.present, value)
+                else:
+                    binding.bind_output(tensor.present)
+        self._bound = past
+        try:
+            self._session.run_with_iobinding(binding)
+        except ORT_ERRORS as error:
+            raise DataError(
+                f"the model cannot run on these inputs: {str(error).strip()}",
+                there_is=f"input_ids {list(ids.shape)} after {mask.shape[1] - ids.shape[1]} tokens",
+            ) from error
+        logits, *present = binding.get_outputs()
+        return logits.numpy()[:, -1].copy(), present  # its memory goes with the OrtValue
+
+    def empty(self) -> list[OrtValue]:
+        """The cache of one row that has read nothing."""
+        return [
+            OrtValue.ortvalue_from_numpy(np.zeros(t.shape(batch=1, past=0), t.past.dtype))
+            for t in self._generation.cache
+        ]
