@@ -11,7 +11,7 @@ and the result is compared, in torch: with the graph as it was, and rows of diff
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ def shareable(program: Program) -> str | None:
         return "some layers have a prefix and others none"
     if any(delta.once for delta in program.ledger.deltas.values()):
         return "a task acts where a text begins alone"
-    if not all(_sees_all(program, place) for place in places):
+    if not _see_all(program, places):
         return "an attention does not see all that was before"
     found = _difference(program)
     return None if found <= TOLERANCE else f"rows of different lengths would answer otherwise (by {found:.1g})"
@@ -191,23 +191,20 @@ def _joined(past: fx.Node) -> fx.Node:
     return next(user for user in past.users if _pair(user) is not None)
 
 
-def _sees_all(program: Program, place: Place) -> bool:
-    """Whether the mask hides nothing from the last token of the longest text: a sliding window would."""
-    core = place.core
-    mask = core.args[3] if len(core.args) > 3 else core.kwargs.get("attn_mask")
-    if not isinstance(mask, fx.Node) or core.kwargs.get("is_causal") or any(core.args[5:]):
+def _see_all(program: Program, places: Sequence[Place]) -> bool:
+    """Whether no mask hides anything from the last token of the longest text: a sliding window would."""
+    cores = [place.core for place in places]
+    masks = [core.args[3] if len(core.args) > 3 else core.kwargs.get("attn_mask") for core in cores]
+    found = [mask for mask in dict.fromkeys(masks) if isinstance(mask, fx.Node)]
+    if None in masks or any(core.kwargs.get("is_causal") or any(core.args[5:]) for core in cores):
         return False
-    total = min(program.max_length or LONG, LONG)
-    feed: dict[str, Tensor] = {}
-    for i in program.inputs:
-        if i.cached:  # only its sizes are read
-            feed[i.name] = torch.zeros(1).expand(i.shape({"batch": 1, "past": total - 1}))
-        else:
-            feed[i.name] = torch.ones(i.shape({"batch": 1, "sequence": 1, "past": total - 1}), dtype=i.dtype)
-    if any(n.op == "placeholder" and n.name not in feed for n in ancestors(mask)):
-        return False
-    (seen,) = program.evaluate([mask], feed)
-    return bool(seen.all()) if seen.dtype == torch.bool else not bool(seen.any())
+    sizes = {"batch": 1, "sequence": 1, "past": min(program.max_length or LONG, LONG) - 1}
+    feed = {  # of the cache only the sizes are read
+        i.name: torch.zeros(1).expand(i.shape(sizes)) if i.cached else torch.ones(i.shape(sizes), dtype=i.dtype)
+        for i in program.inputs
+    }
+    seen = program.evaluate(found, feed)
+    return all(bool(t.all()) if t.dtype == torch.bool else not bool(t.any()) for t in seen)
 
 
 def _difference(program: Program) -> float:
