@@ -161,10 +161,19 @@ def train(
     if result.cut:
         note(f"rows cut to what is kept of them (--max-length): {result.cut}")
     several = task if len(task) > 1 and result.best_accuracy is not None else []
+    whole = any(e.exact_match is not None for e in result.history)
     table(
-        ("#epoch", "#loss", "#validation loss", "#accuracy", "#exact match", *(f"#{name}" for name in several)),
+        (
+            *("#epoch", "#loss", "#validation loss", "#accuracy"),
+            *(["#exact match"] if whole else []),
+            *(f"#{name}" for name in several),
+        ),
         [
-            (e.epoch, e.loss, e.validation_loss, e.accuracy, e.exact_match, *(e.accuracies[name] for name in several))
+            (
+                *(e.epoch, e.loss, e.validation_loss, e.accuracy),
+                *([e.exact_match] if whole else []),
+                *(e.accuracies[name] for name in several),
+            )
             for e in result.history
         ],
     )

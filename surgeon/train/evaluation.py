@@ -25,12 +25,13 @@ class Evaluation:
     """How a model does on rows.
 
     `accuracy` is the share of labels that are right: of classes, of words, of tokens foretold from those before.
-    `exact_match` is the share of rows of which all are, which for a text is what greedy decoding would write.
+    `exact_match` is the share of rows of which all are, which for a text is what greedy decoding would write; None
+    where a row has one label, since that is the accuracy.
     """
 
     accuracy: float
     loss: float
-    exact_match: float
+    exact_match: float | None
 
     @property
     def perplexity(self) -> float:
@@ -79,7 +80,7 @@ def evaluate_examples(
             labels += int(weight)
     model.train(training)
     right, exact, labels, loss = processes.add(torch.tensor([right, exact, labels, loss], dtype=torch.float64)).tolist()
-    return Evaluation(right / labels, loss / labels, exact / len(examples))
+    return Evaluation(right / labels, loss / labels, exact / len(examples) if kind.several else None)
 
 
 def check_rows(kind: Kind[Any], rows: Sequence[Any]) -> None:

@@ -21,7 +21,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over the rows: mean training loss, and the validation where there is one; means over the tasks."""
+    """One pass over the rows: mean training loss, and the validation where there is one; means over the tasks.
+
+    No `exact_match` where a row has one label: it would be the accuracy.
+    """
 
     epoch: int
     loss: float

@@ -191,13 +191,14 @@ class Run:
         loss = self.losses / self.epoch_steps
         self.losses = 0.0
         each = list(found.values())
+        whole = [one.exact_match for one in each if one.exact_match is not None]
         self.history.append(
             Epoch(
                 epoch=len(self.history) + 1,
                 loss=loss,
                 validation_loss=mean(one.loss for one in each) if each else None,
                 accuracy=mean(one.accuracy for one in each) if each else None,
-                exact_match=mean(one.exact_match for one in each) if each else None,
+                exact_match=mean(whole) if whole else None,
                 accuracies={task: one.accuracy for task, one in found.items()},
             )
         )

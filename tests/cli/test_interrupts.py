@@ -108,7 +108,10 @@ def test_an_interrupted_training_is_forgotten_where_asked_for(surgeon, refused, 
     with interrupt_at_checkpoint(build):
         assert surgeon(*command, "--epochs", 40).code == 130
     refused(1, ("another run", "epochs", "--fresh"), *command, "--epochs", 1)
-    assert surgeon(*command, "--epochs", 1, "--fresh").code == 0
+    ran = surgeon(*command, "--epochs", 1, "--fresh", "--validation", rows)
+    assert ran.code == 0, ran.err
+    assert "accuracy" in ran.out
+    assert "exact match" not in ran.out  # of classes it is the accuracy
 
 
 @pytest.mark.parametrize("marker", ["operating", "training"])

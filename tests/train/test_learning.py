@@ -42,6 +42,7 @@ def test_the_weights_of_the_best_epoch_are_kept(model, tokenizer, tiny_rows):
     result = train_task(model, tokenizer, tiny_rows(60, 1), held, OPTIONS.model_copy(update={"epochs": 4}))
     assert evaluate(model, tokenizer, held).accuracy == result.best_accuracy
     assert result.history[result.best_epoch - 1].accuracy == result.best_accuracy
+    assert all(epoch.exact_match is None for epoch in result.history)  # of one label a row it would be the accuracy
 
 
 def test_training_stops_when_it_no_longer_gets_better(model, tokenizer, tiny_rows):

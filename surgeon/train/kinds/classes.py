@@ -23,6 +23,7 @@ class Classes(Kind[Row]):
     columns = ("text", "label")
     max_length = 128
     best_by = "accuracy"
+    several = False
 
     def __init__(self, labels: Labels) -> None:
         self.labels = labels

@@ -41,6 +41,8 @@ class Kind(ABC, Generic[R]):
     """Tokens of a row that are kept, unless the user says otherwise."""
     best_by: ClassVar[Literal["accuracy", "loss"]]
     """What tells the best epoch."""
+    several: ClassVar[bool] = True
+    """Whether a row has more than one answer: that all are right is then another thing than that one is."""
 
     def read(self, path: str | Path, renamed: Mapping[str, str]) -> list[R]:
         """The rows of a file; `renamed` gives other names for columns. Raises DataError with the line of a misfit."""
