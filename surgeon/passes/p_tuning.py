@@ -23,7 +23,7 @@ from surgeon.anatomy import Embedding
 from surgeon.errors import CompositionError, SpecError
 from surgeon.starts import Init, normal, value
 from surgeon.passes import Pass, PassResult
-from surgeon.passes.virtual import Virtual, module_end, text_table
+from surgeon.passes.virtual import Virtual, module_end, spread, text_table, words_of
 from surgeon.program import Program
 
 SLOT = "{text}"
@@ -133,7 +133,8 @@ class PTuning(Pass):
     ) -> None:
         """Train embedding, encoder and (frozen) the words; deploy what stands in front of the text and behind it."""
         d, technique = table.width, f"{table.path}.{self.name}"
-        shapes = {"embedding": ((count, d), normal(1.0)), **self._encoder(d)}
+        std = spread(words_of(program, table)) if self.encoder == "none" else 1.0
+        shapes = {"embedding": ((count, d), normal(std)), **self._encoder(d)}
         names = [program.trained(f"{technique}.{part}", *entry).name for part, entry in shapes.items()]
         if len(anchors):
             words = program.trained(f"{technique}.words", anchors.shape, value(anchors), frozen=True)

@@ -24,7 +24,7 @@ from surgeon.errors import CompositionError, SpecError
 from surgeon.ledger import Delta
 from surgeon.starts import ByLabels, Init, normal
 from surgeon.passes import Pass, PassResult
-from surgeon.passes.virtual import Virtual, outputs, text_table
+from surgeon.passes.virtual import Virtual, outputs, spread, text_table, words_of
 from surgeon.program import Program
 
 
@@ -46,7 +46,9 @@ class Prompt(Pass):
         description="Fresh vectors: a normal distribution, embeddings of words drawn at random, or the mean embedding "
         "of each of the task's labels, and drawn words for what is left.",
     )
-    std: PositiveFloat = Field(0.5, description="Standard deviation of a random start.")
+    std: PositiveFloat | None = Field(
+        None, description="Standard deviation of a random start; unset it is that of the base's embeddings."
+    )
     place: Literal["front", "after"] = Field("front", description="Before the text, or after its first token.")
     ensemble: PositiveInt = Field(
         1, description="Prompts of one task that vote; how many is free per task where there are several."
@@ -85,9 +87,9 @@ class Prompt(Pass):
             program.answer(node, _voted, (prompt,))
 
     def _init(self, program: Program, table: Embedding) -> Init:
+        weight = words_of(program, table)
         if self.start == "random":
-            return normal(self.std)
-        weight = program.tensor(table.weight).detach()
+            return normal(self.std or spread(weight))
 
         def drawn(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
             if weight.is_meta:

@@ -177,6 +177,21 @@ def module_end(node: fx.Node) -> fx.Node:
     return node
 
 
+def words_of(program: Program, table: Embedding) -> Tensor:
+    """The table's rows `[rows, d]` as its module gives them: √d times as long in some bases."""
+    weight, end = program.tensor(table.weight).detach(), module_end(table.node)
+    if weight.is_meta or end is table.node:
+        return weight
+    longest = weight.norm(dim=-1).argmax().expand(1, 2)
+    plain, scaled = program.evaluate([table.node, end], {"input_ids": longest})
+    return weight * ((plain * scaled).sum() / plain.square().sum())
+
+
+def spread(words: Tensor) -> float:
+    """The standard deviation of embeddings: numbers far above it drown what the base adds to them."""
+    return 1.0 if words.is_meta else float(words.std())
+
+
 def _tables(program: Program, ids: fx.Node) -> list[Embedding]:
     """Every table that is looked up by what comes from the text's ids: a classifier may shift them for its decoder."""
     found = [e for e in program.anatomy.embeddings if e.role == "embedding.token" and ids in ancestors(e.index)]

@@ -100,6 +100,20 @@ def test_a_prompt_starts_at_words_and_at_the_mean_of_each_labels_words(start, la
     assert all((row == table).all(1).any() for row in prompt)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_a_prompt_starts_at_the_size_of_the_embeddings_that_it_stands_beside(kind, lab):
+    """Gemma's embedding module multiplies its rows by √d."""
+    model = lab.base(kind)
+    embeddings = model.get_input_embeddings()(torch.arange(100)).detach()
+    drawn, random, told = (
+        next(iter(lab.operate(model, {"prompt": {"length": 50, **start}}).model("a").state_dict().values()))
+        for start in ({}, {"start": "random"}, {"start": "random", "std": 3.0})
+    )
+    assert all((row - embeddings).abs().amax(1).min() < 1e-6 for row in drawn)
+    assert float(random.std()) == pytest.approx(float(embeddings.std()), rel=0.1)
+    assert float(told.std()) == pytest.approx(3, rel=0.1)
+
+
 def test_a_start_from_labels_needs_a_tokenizer_names_and_room_for_them(lab, base_folder, monkeypatch):
     model, surgery = lab.base("bert"), {"prompt": {"length": 2, "start": "labels"}}
     with pytest.raises(SpecError, match="this base has no tokenizer"):
