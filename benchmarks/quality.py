@@ -16,7 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "out" / "quality.jsonl"
 PAGE = HERE.parent / "docs" / "quality.md"
 BASE, LABELS = "MiniLM-L6", ["negative", "positive"]
-OURS = "Surgeon"
+OURS, HEAD = "Surgeon", "head"
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,25 @@ class Result:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Runs:
+    """The finished runs of a row of the table, by whose they are."""
+
+    recipe: Recipe
+    setting: Setting
+    results: Mapping[str, list[Result]]
+
+    @property
+    def own(self) -> list[Result]:
+        """Ours."""
+        return self.results[OURS]
+
+    @property
+    def peer(self) -> list[Result]:
+        """The peer's; empty where there is none."""
+        return self.results.get(self.recipe.by, [])
+
+
 def main() -> None:
     """Train what is still missing, then show and write the table."""
     reader = argparse.ArgumentParser(description=__doc__)
@@ -93,24 +112,31 @@ def main() -> None:
     warnings.simplefilter("ignore")  # of the peers
     torch.set_num_threads(given.threads)
     began = time.perf_counter()
-    for recipe in chosen:
-        for who in (OURS, *([recipe.by] if recipe.peer else [])):
+    entries = list(_entries(chosen, setting))
+    for recipe, own in entries:
+        for who in recipe.sides(OURS):
             for seed in range(given.seeds):
-                if (recipe.name, who, seed, recipe.rate) not in _done(setting):
-                    found = run(recipe, who, seed, setting, given.threads)
-                    _keep(setting, found)
+                if (recipe.name, who, seed, recipe.rate) not in _done(own):
+                    found = run(recipe, who, seed, own, given.threads)
+                    _keep(own, found)
                     said = f"{found.accuracy:.3f} after {time.perf_counter() - began:.0f} s"
-                    console.print(f"{recipe.name:12} {who:12} seed {seed}: {said}")
-    rates = {recipe.name: recipe.rate for recipe in chosen}
-    results = [
-        r for (name, _, seed, rate), r in _done(setting).items() if seed < given.seeds and rates.get(name) == rate
-    ]
+                    console.print(f"{recipe.name:12} {own.epochs:3} epochs {who:12} seed {seed}: {said}")
+    rows = [Runs(recipe, own, _results(recipe, own, given.seeds)) for recipe, own in entries]
     torch.set_num_threads(THREADS)
     steps = {recipe.name: step_times(recipe, setting) for recipe in chosen}
-    section = table(results, steps, setting, given.seeds)
+    section = table(rows, steps, setting, given.seeds)
     console.print(section.markdown())
     if given.techniques is None:
         PAGE.write_text(page(section), encoding="utf-8")
+
+
+def _entries(chosen: list[Recipe], setting: Setting) -> Iterator[tuple[Recipe, Setting]]:
+    """What is trained, and how long; head-only as long as each of the others."""
+    longer = sorted({recipe.epochs for recipe in chosen if recipe.epochs} - {setting.epochs})
+    for recipe in chosen:
+        own = recipe.epochs or setting.epochs
+        for epochs in [own, *longer] if recipe.name == HEAD else [own]:
+            yield recipe, replace(setting, epochs=epochs)
 
 
 def run(recipe: Recipe, who: str, seed: int, setting: Setting, threads: int) -> Result:
@@ -185,32 +211,33 @@ def _done(setting: Setting) -> dict[tuple[str, str, int, float], Result]:
     return {(r.technique, r.by, r.seed, r.rate): r for r in results}
 
 
+def _results(recipe: Recipe, setting: Setting, seeds: int) -> dict[str, list[Result]]:
+    done = _done(setting)
+    return {who: [done[recipe.name, who, seed, recipe.rate] for seed in range(seeds)] for who in recipe.sides(OURS)}
+
+
 def _keep(setting: Setting, result: Result) -> None:
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"setting": asdict(setting), "result": asdict(result)}) + "\n")
 
 
-def table(
-    results: list[Result], steps: Mapping[str, Mapping[str, list[float]]], setting: Setting, seeds: int
-) -> Section:
+def table(rows: list[Runs], steps: Mapping[str, Mapping[str, list[float]]], setting: Setting, seeds: int) -> Section:
     """A row for each technique, with a verdict."""
-    runs: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
-        runs.setdefault((result.technique, result.by), []).append(result)
     text = (
         f"The demo's `movie` task on {BASE}: {setting.rows} training rows of two labels, {setting.test_rows} test "
-        f"rows, {setting.epochs} epochs of batches of {setting.batch_size}, {setting.steps} steps, texts cut at "
-        f"{setting.max_length} tokens, {seeds} seeds; the last step's weights are tested. Accuracy is the "
-        "mean ± standard deviation over the seeds. *Peer* is PEFT, or the base itself in plain torch with the same "
-        "parameters trained; both go through the same loop with the same rows, batches, optimiser and learning rate."
-        f" A *step* is forward, backward and AdamW on {setting.batch_size} × 32 tokens with two threads, ours and the "
-        "peer's in turn: medians."
-        "\n\n*Above head only*: by more than two pooled standard errors. *As the peer*: no further apart than two "
-        "pooled standard errors, or than one test row."
+        f"rows, {setting.epochs} epochs of batches of {setting.batch_size}, {setting.steps} steps, or the epochs that "
+        f"the table says, texts cut at {setting.max_length} tokens, {seeds} seeds; the last step's weights are tested. "
+        "Accuracy is the mean ± standard deviation over the seeds. *Peer* is PEFT, or the base itself in plain torch "
+        "with the same parameters trained; both go through the same loop with the same rows, batches, optimiser and "
+        f"learning rate. A *step* is forward, backward and AdamW on {setting.batch_size} × 32 tokens with two threads, "
+        "ours and the peer's in turn: medians."
+        "\n\n*Above head only*: than head-only trained as long, by more than two pooled standard errors. *As the "
+        "peer*: no further apart than two pooled standard errors, or than one test row."
     )
     columns = (
         "technique",
+        "epochs",
         "learning rate",
         "accuracy",
         "peer's",
@@ -220,27 +247,25 @@ def table(
         "step",
         "step / peer's",
     )
-    names = list(dict.fromkeys(name for name, _ in runs))
-    rows = tuple(tuple(_row(name, runs, steps[name], setting)) for name in names if (name, OURS) in runs)
-    return Section("Accuracy of every technique", text, (*columns, "above head only", "as the peer"), rows)
+    heads = {row.setting.epochs: row.own for row in rows if row.recipe.name == HEAD}
+    cells = tuple(tuple(_row(row, heads.get(row.setting.epochs), steps[row.recipe.name])) for row in rows)
+    return Section("Accuracy of every technique", text, (*columns, "above head only", "as the peer"), cells)
 
 
-def _row(
-    name: str, runs: Mapping[tuple[str, str], list[Result]], steps: Mapping[str, list[float]], setting: Setting
-) -> Iterator[str]:
-    own, head = runs[name, OURS], runs.get(("head", OURS))
-    peer = next((found for (other, by), found in runs.items() if other == name and by != OURS), None)
-    yield f"`{name}`"
-    yield f"{own[0].rate:g}"
+def _row(row: Runs, head: list[Result] | None, steps: Mapping[str, list[float]]) -> Iterator[str]:
+    own, peer, by = row.own, row.peer, row.recipe.by
+    yield f"`{row.recipe.name}`"
+    yield str(row.setting.epochs)
+    yield f"{row.recipe.rate:g}"
     yield _spread(own)
-    yield f"{_spread(peer)} ({peer[0].by})" if peer else "none"
+    yield f"{_spread(peer)} ({by})" if peer else "none"
     yield f"{own[0].parameters:,}"
     yield f"{own[0].bytes / 1e6:.2f} MB"
     yield f"{peer[0].bytes / 1e6:.2f} MB" if peer else ""
     yield milliseconds(steps[OURS])
-    yield f"{ratio(steps, OURS, peer[0].by):.2f}" if peer else ""
-    yield "" if name == "head" or head is None else _above(own, head)
-    yield "" if peer is None else _like(own, peer, setting)
+    yield f"{ratio(steps, OURS, by):.2f}" if peer else ""
+    yield "" if row.recipe.name == HEAD or head is None else _above(own, head)
+    yield _like(own, peer, row.setting) if peer else ""
 
 
 def _spread(results: list[Result]) -> str:
@@ -280,7 +305,8 @@ def page(section: Section) -> str:
     silent = (
         "PEFT has no adapters, AdapterDrop or Compacter; its prefixes refuse a classifier under this version of "
         "transformers, so `prefix` and `p_tuning_v2` have no peer here. The classifier over virtual tokens (`prompt`, "
-        "`p_tuning`) has a rate of its own, ours and the peer's alike (`HEAD_RATES` of benchmarks/recipes.py)."
+        "`p_tuning`) has a rate of its own, ours and the peer's alike (`HEAD_RATES` of benchmarks/recipes.py). Prompts "
+        "need more steps than the other techniques (`EPOCHS` there); head-only is shown with as many."
     )
     return f"# Quality\n\nWritten by `make quality`.\n\n{section.markdown()}\n{silent}\n\nNot in the table:\n\n{left}\n"
 

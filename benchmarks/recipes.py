@@ -23,25 +23,32 @@ MakePeer = Callable[[PreTrainedModel, int], nn.Module]
 QV = ["query", "value"]
 LAST_LINEAR = r".*layer\.\d+\.output\.dense"
 RATES = {
-    "head": 1e-2, "full": 1e-4, "lora": 1e-3, "dora": 1e-3, "adalora": 1e-2, "qlora": 1e-3, "vera": 1e-2, "ia3": 1e-2,
+    "head": 1e-1, "full": 1e-4, "lora": 1e-3, "dora": 1e-3, "adalora": 1e-2, "qlora": 1e-3, "vera": 1e-2, "ia3": 1e-2,
     "bitfit": 3e-3, "norm_tuning": 3e-3, "adapter": 1e-3, "drop": 1e-3, "compacter": 3e-3, "prefix": 5e-2,
     "prompt": 2e-3, "p_tuning": 1e-3, "p_tuning_v2": 5e-2,
 }  # fmt: skip
 """Learning rates, for ours and the peer's alike. Vectors need larger ones than matrices."""
-HEAD_RATES = {"prompt": 5.0, "p_tuning": 10.0}
+HEAD_RATES = {"prompt": 50.0, "p_tuning": 10.0}
 """What the classifier's is times that: virtual tokens need a small one, with which a classifier learns nothing."""
+EPOCHS = {"prompt": 10, "p_tuning_v2": 10}
+"""What takes longer than the others; head-only is shown with as many."""
 LEFT_OUT = {"fusion": "it needs adapters of other tasks; see `make quality-fusion`"}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a technique is trained. Without a `peer` the table says why not."""
+    """How a technique is trained. Without a `peer` the table says why not; without `epochs` they are the table's."""
 
     name: str
     surgery: Surgery
     rate: float
+    epochs: int | None
     peer: MakePeer | None = None
     by: str = ""
+
+    def sides(self, ours: str) -> list[str]:
+        """Who trains it."""
+        return [ours, self.by] if self.peer else [ours]
 
 
 def recipes() -> dict[str, Recipe]:
@@ -98,7 +105,7 @@ def recipes() -> dict[str, Recipe]:
     for name in names:
         surgery, peer, by = known.get(name, (({name: {}},), None, ""))
         if name not in LEFT_OUT:
-            found[name] = Recipe(name, surgery, RATES.get(name, RATES["lora"]), peer, by)
+            found[name] = Recipe(name, surgery, RATES.get(name, RATES["lora"]), EPOCHS.get(name), peer, by)
     return found
 
 
@@ -127,6 +134,10 @@ class Peer(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         """What it trains."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """What it leaves as it is."""
+        return {name: p for name, p in self.named_parameters() if not p.requires_grad}
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         heads = {name: p for name, p in self.trained().items() if "classifier" in name}
