@@ -63,6 +63,17 @@ def test_folders_of_both_libraries_are_one_build(compare, tmp_path):
         assert compare.gap(compare.served(tmp_path / "build", case, fed), oracle["logits"].numpy()) <= 1e-5
 
 
+@pytest.mark.parametrize("case", ["bert-compacter", "gpt2-fusion"])
+def test_an_adapter_with_a_build_of_its_own_answers_on_onnx_runtime(case, compare, tmp_path):
+    oracle = load_file(FIXTURES / case / "oracle.safetensors")
+    import_build({"a": FIXTURES / case}, str(base_of(case)[0]), tmp_path / "build")
+    found, wanted = compare.served(tmp_path / "build", "a", asked(oracle)), oracle["logits"].numpy()
+    if case.startswith("gpt2"):
+        shown = oracle["attention_mask"].bool().numpy()
+        found, wanted = found[shown], wanted[shown]
+    assert compare.gap(found, wanted) <= 1e-5
+
+
 def test_ia3_behind_the_feed_forward_is_not_the_papers(foundry):
     with pytest.raises(SpecError, match=r"output of decoder/ffn\.down@0"):
         foundry.compile(*base_of("llama-ia3"), a=FIXTURES / "llama-ia3")

@@ -130,6 +130,7 @@ def test_many_folders_are_one_build(made, compare, tmp_path):
             ("scaled", "ia3_bert", 7, {}),
             ("prompted", "prompt_bert", 8, {"labels": 4}),
             ("biased", "lora_biases", 9, {}),
+            ("vectors", "vera_bert", 10, {"labels": 3}),
         )
     }
     done = import_build({name: f.path for name, f in folders.items()}, str(base), tmp_path / "build")
