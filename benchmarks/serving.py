@@ -229,17 +229,20 @@ def same(build: Path, folder: Path, port: int) -> float:
     return float(np.abs(found - right).max() / np.abs(right).max())
 
 
-def measure(count: int, wanted: Sequence[float], seconds: float) -> Section:
+def make(build: Path) -> None:
+    """A build of the base with LoRA."""
+    spec = {
+        "base": BASES[BASE],
+        "surgery": [{"lora": {"rank": RANK, "where": ["attention.query", "attention.value"]}}],
+        "export": {"modes": ["switch", "mixed"]},
+    }
+    surgeon.compile(spec, out=build)
+
+
+def measure(build: Path, count: int, wanted: Sequence[float], seconds: float) -> Section:
     """A table of one number of tasks."""
     with tempfile.TemporaryDirectory(prefix="serving-") as name:
         folder = Path(name)
-        spec = {
-            "base": BASES[BASE],
-            "surgery": [{"lora": {"rank": RANK, "where": ["attention.query", "attention.value"]}}],
-            "export": {"modes": ["switch", "mixed"]},
-        }
-        build = folder / "build"
-        surgeon.compile(spec, out=build)
         write_tasks(build, folder, count)
         warm = set(names(min(count, 8), 10, 10))
         asked_for = {n for rate in wanted for n in names(count, max(int(rate * seconds), 8), int(rate))}
@@ -271,9 +274,11 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, nargs="+", default=TASKS)
     given = parser.parse_args()
     sections = []
-    for count in given.tasks:
-        sections.append(measure(count, given.rates, given.seconds))
-        print(sections[-1].markdown(), flush=True)
+    with tempfile.TemporaryDirectory(prefix="serving-") as name:
+        make(Path(name, "build"))
+        for count in given.tasks:
+            sections.append(measure(Path(name, "build"), count, given.rates, given.seconds))
+            print(sections[-1].markdown(), flush=True)
     if tuple(given.tasks) == TASKS and tuple(given.rates) == RATES:
         head = (
             "# Serving under load\n\nWritten by `make bench-serving`: one machine, clients and server on the same "
