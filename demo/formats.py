@@ -18,7 +18,7 @@ SOURCES = {"verdict": "movie", "ends": "product"}
 QUESTIONS = {"verdict": "Verdict as JSON:", "ends": "First and last word:"}
 LONGEST = 20
 """Words of a sentence: training steps stay short."""
-SIZES = {"train": 320, "validation": 32, "test": 40}
+SIZES = {"train": 200, "validation": 32, "test": 40}
 
 
 class Row(NamedTuple):

