@@ -23,6 +23,7 @@ from onnx_ir.passes import common
 from surgeon.errors import InvariantError, TraceError
 from surgeon.exporters.exported import exported
 from surgeon.exporters.quantise import quantised
+from surgeon.exporters.rotary import turned
 from surgeon.exporters.shared import shared
 from surgeon.ledger import Delta
 from surgeon.mixed import mixed
@@ -103,7 +104,7 @@ def convert(program: Program, opset: int, weights: str = "float32") -> ir.Model:
     deltas = program.ledger.deltas
     source = quantised(copied(program.graph_module), program, weights)
     if program.shares_cache:
-        source = shared(source, program)
+        source = turned(shared(source, program))
     # Without gradients: attention of a mask that requires them is laid out in another way.
     with quiet(), torch.no_grad():
         try:

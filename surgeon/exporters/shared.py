@@ -22,6 +22,7 @@ from torch.func import functional_call
 from surgeon.cached import PAST, PRESENT
 from surgeon.dataflow import ancestors
 from surgeon.module import copied
+from surgeon.exporters.rotary import torch_turn, turned
 from surgeon.program import Program
 
 aten = torch.ops.aten
@@ -210,6 +211,7 @@ def _see_all(program: Program, places: Sequence[Place]) -> bool:
 def _difference(program: Program) -> float:
     """How far logits are from those of the graph as it is, relative to the largest: two prompts, and a token more."""
     plain, other = program.graph_module, shared(copied(program.graph_module), program, torch_attend)
+    other = turned(other, torch_turn)
     cached = [i for i in program.inputs if i.cached]
     begin = starts(program)
     front = {i.name: program.tensor(begin[i.name]).detach() if i.name in begin else None for i in cached}
