@@ -12,7 +12,7 @@ import numpy as np
 
 from surgeon.errors import BuildError
 from surgeon.runtime import Manifest, Session
-from surgeon.runtime.manifest import EXACT, check_files
+from surgeon.runtime.manifest import check_files
 
 if TYPE_CHECKING:
     from surgeon.compiler import Compiled
@@ -37,6 +37,8 @@ class Audit:
     files: int
     compared: bool
     weights: str
+    checkpoint: str | None
+    """The folder of files that the ONNX model reads and that are no part of the build."""
     tolerance: float | None
     tasks: tuple[AuditedTask, ...]
 
@@ -69,7 +71,8 @@ def audit(build: str | Path, *, compare: bool = True, progress: Callable[[str], 
         files=len(session.manifest.every_file()),
         compared=compared,
         weights=session.manifest.weights,
-        tolerance=TOLERANCE if session.manifest.weights in EXACT else None,
+        checkpoint=None if session.manifest.checkpoint is None else session.manifest.checkpoint.folder,
+        tolerance=None if session.manifest.approximate else TOLERANCE,
         tasks=tuple(AuditedTask(name, count, differences.get(name)) for name, count in parameters.items()),
     )
     _require_agreement(found, build)

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from surgeon.base import Base, write_base
+from surgeon.base import Base, Checkpoint, write_base
 from surgeon.base.talking import chat_template
-from surgeon.errors import BuildError, DeltaError
+from surgeon.errors import BuildError, DeltaError, SpecError
 from surgeon.exporters.cache import export_cached
 from surgeon.exporters.genai import GENAI, genai_config, not_carried
 from surgeon.exporters.shared import starts
@@ -27,7 +28,18 @@ from surgeon.inputs import vocabulary
 from surgeon.model import TaskModel
 from surgeon.plan import base_bytes
 from surgeon.program import Program
-from surgeon.runtime.manifest import FORMAT, MANIFEST, NO_TASK, TEMPLATE, TOKENIZER, hash_file, read_manifest, seal
+from surgeon.runtime.manifest import (
+    FORMAT,
+    MANIFEST,
+    MODEL,
+    NO_TASK,
+    OUTSIDE,
+    TEMPLATE,
+    TOKENIZER,
+    hash_file,
+    read_manifest,
+    seal,
+)
 from surgeon.runtime.taskfile import write_adapter
 from surgeon.spec import Spec
 
@@ -102,12 +114,30 @@ class Contents:
 def write_build(contents: Contents, out: Path, report: Callable[[str], None]) -> Path:
     """Write everything a build holds. Raises BuildError where it cannot; then nothing of it is left."""
     spec, base = contents.spec, contents.base
-    with _partial(out) as folder:
-        report("converting to ONNX")
-        program, export = contents.program, spec.export
-        facts = export_cached(
-            program, program.fingerprint, folder, opset=export.opset, weights=export.weights, modes=export.modes
+    if contents.program.dtype == torch.bfloat16:
+        raise SpecError(
+            "ONNX Runtime computes next to nothing in bfloat16, and task files cannot hold it",
+            where=spec.locate(("base", "dtype")),
+            try_="`dtype: float32`: weights that the checkpoint has in bfloat16 stay so in the build, and are exact",
         )
+    with _partial(out) as folder:
+        program, export = contents.program, spec.export
+        checkpoint = base.checkpoint
+        if spec.base is None:
+            report("writing the base in hand")
+            checkpoint = write_base(base, folder / BASE, inside=BASE)
+        report("converting to ONNX")
+        facts = export_cached(
+            program,
+            program.fingerprint,
+            folder,
+            opset=export.opset,
+            weights=export.weights,
+            modes=export.modes,
+            checkpoint=checkpoint,
+        )
+        elsewhere = facts.pop("outside")
+        outer = _place(checkpoint, elsewhere, export.weights, folder, report)
         if "mixed" in export.modes:
             defaults = {name: t.cpu().contiguous().numpy() for name, t in program.ledger.defaults().items()}
             write_adapter(folder / NO_TASK, defaults, program.fingerprint)
@@ -118,12 +148,13 @@ def write_build(contents: Contents, out: Path, report: Callable[[str], None]) ->
             shutil.copyfile(base.tokenizer_path, folder / TOKENIZER)
         if contents.generation is not None:
             _write_generation(contents, contents.generation, folder, report)
-        if spec.base is None:
-            report("writing the base in hand")
-            write_base(base, folder / BASE)
         files = sorted(p for p in folder.rglob("*") if p.is_file())
+        named = {str(p.relative_to(folder)): {"sha256": hash_file(p), "bytes": p.stat().st_size} for p in files}
+        inner = {tensor["file"] for tensors in elsewhere.values() for tensor in tensors.values()} & named.keys()
         document = _document(contents, facts) | {
-            "files": {str(p.relative_to(folder)): {"sha256": hash_file(p), "bytes": p.stat().st_size} for p in files},
+            "files": named,
+            "external": sorted({name for name in named if name.startswith(f"{MODEL}.")} | inner),
+            "checkpoint": outer,
             "tasks": {},
         }
         for task, model in contents.models.items():
@@ -131,6 +162,42 @@ def write_build(contents: Contents, out: Path, report: Callable[[str], None]) ->
             document["tasks"][task] = _write_task(folder, task, model, contents.program.fingerprint)
         _write_manifest(folder, document)
     return out
+
+
+def _place(
+    checkpoint: Checkpoint | None,
+    elsewhere: Mapping[str, Mapping[str, Any]],
+    weights: str,
+    folder: Path,
+    report: Callable[[str], None],
+) -> dict[str, Any] | None:
+    """Put the checkpoint's files that the models read into the build; or return where they stay, for the manifest.
+
+    `elsewhere` are, for each model, its tensors that lie in them. Raises BuildError where a file cannot be linked.
+    """
+    if checkpoint is None or weights not in OUTSIDE:
+        return None
+    tensors = list(elsewhere[MODEL].values())
+    report(f"{len(tensors)} of the model's tensors are the checkpoint's")
+    if checkpoint.inside:
+        return None
+    used = [name for name in checkpoint.files if any(tensor["file"] == name for tensor in tensors)]
+    if weights == "reference":
+        report("hashing the checkpoint")
+        paths = {name: checkpoint.folder / name for name in used}
+        files = {name: {"sha256": hash_file(path), "bytes": path.stat().st_size} for name, path in paths.items()}
+        return {"folder": str(checkpoint.folder), "files": files, "tensors": elsewhere}
+    for name in used:
+        try:
+            os.link((checkpoint.folder / name).resolve(), folder / name)
+        except OSError as error:
+            raise BuildError(
+                f"{name} of the checkpoint cannot be linked into the build: {error.strerror}",
+                where=str(checkpoint.folder),
+                try_="an output on the same file system as the checkpoint, or `weights: reference` or `copy` in the "
+                "spec's `export`",
+            ) from error
+    return None
 
 
 def _write_generation(

@@ -24,7 +24,7 @@ from surgeon.pipeline import run_passes
 from surgeon.plan import Plan, plan
 from surgeon.program import Program
 from surgeon.registry import technique
-from surgeon.runtime.manifest import Task, hash_file, read_manifest
+from surgeon.runtime.manifest import OUTSIDE, Task, hash_file, read_manifest
 from surgeon.spec import BaseSpec, HeadName, Spec, read_spec
 from surgeon.trace import trace
 from surgeon.weights import read_weights
@@ -49,6 +49,7 @@ class Compiled:
 
     def __post_init__(self) -> None:
         check_weights(self.program, self.spec.export.weights, self.spec.locate(("export", "weights")))
+        self._check_checkpoint()
         self._graph = switchable(self.program.graph_module)
         labelled = [name for name, task in self.spec.tasks.items() if task.labels is not None]
         if labelled and "labels" not in symbols(self.program.ledger.deltas.values()):
@@ -57,6 +58,17 @@ class Compiled:
                 where=self.spec.locate(("tasks", labelled[0], "labels")),
                 there_is=f"head: {self.base.head}",
                 try_="leave `labels` out; a `head` item in `surgery` gives every task a head of its own",
+            )
+
+    def _check_checkpoint(self) -> None:
+        """Raise SpecError where weights are to stay in the files of a base that has none."""
+        weights = self.spec.export.weights
+        if weights in OUTSIDE and self.spec.base and self.base.fingerprint and not self.base.checkpoint:
+            raise SpecError(
+                f"export.weights: {weights} reads the base's weights from its checkpoint, and this base has none",
+                where=self.spec.locate(("export", "weights")),
+                there_is=self.base.source,
+                try_="a base from a folder with .safetensors files, or `weights: copy`",
             )
 
     @property

@@ -33,7 +33,7 @@ class Plan:
     base_parameters: int
     base_bytes: int
     checkpoint_bytes: int
-    weights: str = "float32"
+    weights: str = "copy"
     """How the ONNX model holds the base's matrices."""
     blocks: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Matrices that the base's file holds in blocks, by their form: how many stay so, and how many are dequantised."""
@@ -70,7 +70,7 @@ class Plan:
         }
 
 
-def plan(program: Program, weights: str = "float32", kept: Collection[str] = ()) -> Plan:
+def plan(program: Program, weights: str = "copy", kept: Collection[str] = ()) -> Plan:
     """The plan of a program after its passes; `kept` names matrices that stay in the blocks of the base's file."""
     dropped = program.ledger.dropped(program.ledger.left_out)
     idle = program.ledger.idle(dropped)

@@ -139,7 +139,7 @@ def check_folder(folder: Path, source: str, *, weights: bool, trust_remote_code:
     if missing:
         there_is = [p.name for p in _files(folder)]
         raise BaseError(f"weights are missing: {', '.join(missing[:3])}", where=source, there_is=there_is)
-    for name in _shards(folder, source):
+    for name in shards(folder, source):
         try:
             with safe_open(folder / name, framework="pt"):
                 pass
@@ -147,7 +147,7 @@ def check_folder(folder: Path, source: str, *, weights: bool, trust_remote_code:
             raise BaseError(f"{name} is truncated or damaged: {first_line(error)}", where=source) from error
 
 
-def _shards(folder: Path, source: str) -> list[str]:
+def shards(folder: Path, source: str) -> list[str]:
     """The weight files by name: the single one, or those of the index."""
     if (folder / WEIGHTS).exists():
         return [WEIGHTS]
@@ -166,7 +166,7 @@ def _missing(folder: Path, *, weights: bool) -> Iterator[str]:
         if not (folder / INDEX).exists():
             yield WEIGHTS
         else:
-            yield from (name for name in _shards(folder, str(folder)) if not (folder / name).exists())
+            yield from (name for name in shards(folder, str(folder)) if not (folder / name).exists())
 
 
 def _files(folder: Path) -> list[Path]:

@@ -14,9 +14,10 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer, PreTrainedModel
 
+from surgeon.base.checkpoint import Checkpoint
 from surgeon.base.configuration import FOREIGN, read_config, written_config
 from surgeon.base.fingerprint import fingerprint
-from surgeon.base.folder import CONFIG, check_folder, find_file, find_folder, first_line, read_json
+from surgeon.base.folder import CONFIG, check_folder, find_file, find_folder, first_line, read_json, shards
 from surgeon.base.gguf import BLOCKS, SUFFIX, converted
 from surgeon.base.heads import head_of
 from surgeon.base.loading import build, check_finite, load, quiet
@@ -47,6 +48,8 @@ class Base:
     """A `tokenizer.json`; None where the base has no tokenizer."""
     quantised: Quantised = field(default_factory=Quantised)
     """What the base's file holds in fewer bits; the model has the numbers that these stand for."""
+    checkpoint: Checkpoint | None = None
+    """The files its weights were read from; None where there are none, or where they may have changed since."""
 
     def release(self, names: Iterable[str]) -> None:
         """Free the memory of these parameters, which a program holds in another form; their shapes stay."""
@@ -85,7 +88,10 @@ def open_base(base: BaseSpec | PreTrainedModel, *, weights: bool = True, seed: i
         else:
             model = build(base, config, source, weights=False, seed=seed)
         found = _described(model, source, base.head, folder, fresh=fresh, trusted=base.trust_remote_code)
-        return replace(found, quantised=read_quantised(folder / BLOCKS)) if packed else found
+        if packed:
+            return replace(found, quantised=read_quantised(folder / BLOCKS))
+        files = Checkpoint(folder.absolute(), tuple(shards(folder, source))) if weights else None
+        return replace(found, checkpoint=files)
 
 
 def _in_hand(model: PreTrainedModel) -> Base:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from surgeon.cli.screen import Json, emit, say, size, steps, table
+from surgeon.runtime.manifest import OUTSIDE
 
 Build = Annotated[Path, typer.Argument(help="The directory that `surgeon compile` wrote.")]
 Task = Annotated[str, typer.Option("--task", "-t", help="The task, as the spec names it.")]
@@ -91,3 +92,6 @@ def verify(
     else:
         compared = f"PyTorch and ONNX Runtime agree to {found.tolerance:g}"
     say(f"\n{found.files} files are as the manifest says; {compared}")
+    if found.weights in OUTSIDE:
+        inside = "the build, under the checkpoint's own names"
+        say(f"the base's weights are in {found.checkpoint or inside}")

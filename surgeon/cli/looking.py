@@ -10,6 +10,7 @@ import typer
 
 from surgeon.cli.screen import Json, emit, note, say, size, steps, table
 from surgeon.errors import DataError
+from surgeon.runtime.manifest import FEWER
 
 if TYPE_CHECKING:
     from surgeon.plan import Plan
@@ -104,7 +105,7 @@ def plan(
         say(f"of the file's matrices in {form} {', '.join(said)}")
     if found.weights == "base-rounded":
         say("their products' inputs are rounded to 8 bits: approximate answers, which the rows beside one may change")
-    elif found.weights not in ("base", "float32"):
+    elif found.weights in FEWER:
         say(f"the ONNX model holds the base's matrices in {found.weights}: another base, with approximate answers")
 
 

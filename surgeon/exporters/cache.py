@@ -16,36 +16,55 @@ from typing import Any
 
 import onnx_ir as ir
 
+from surgeon.base.checkpoint import Checkpoint
 from surgeon.base.gguf import cache_folder
 from surgeon.exporters.onnx import OnnxExporter
+from surgeon.exporters.places import outside
 from surgeon.exporters.quantise import KEPT
 from surgeon.exporters.versions import tool_version, tool_versions
 from surgeon.graph_text import graph_text
 from surgeon.program import Program
-from surgeon.runtime.manifest import hash_file
+from surgeon.runtime.manifest import OUTSIDE, hash_file
 
-FILES = {"switch": ("model.onnx", "model.onnx.data"), "mixed": ("mixed.onnx",)}
+FILES = ("model.onnx", "model.onnx.data", "mixed.onnx")
 KEEP = 4
 
 
 def export_cached(
-    program: Program, fingerprint: str, folder: Path, *, opset: int, weights: str, modes: Sequence[str] = ("switch",)
+    program: Program,
+    fingerprint: str,
+    folder: Path,
+    *,
+    opset: int,
+    weights: str,
+    modes: Sequence[str] = ("switch",),
+    checkpoint: Checkpoint | None = None,
 ) -> dict[str, Any]:
-    """Put the ONNX models into `folder`, from the cache where it holds them; returns their facts for the manifest."""
-    entry = cache_folder() / cache_key(program, fingerprint, opset, weights, modes)
-    files = [name for mode in modes for name in FILES[mode]]
-    facts = _take(entry, folder, files)
+    """Put the ONNX models into `folder`, from the cache where it holds them; returns their facts for the manifest.
+
+    `outside` are, for each model, its tensors that lie in files of the `checkpoint`.
+    """
+    entry = cache_folder() / cache_key(program, fingerprint, opset, weights, modes, checkpoint)
+    facts = _take(entry, folder)
     if facts is None:
-        exporter = OnnxExporter()
-        facts = _facts(exporter.export(program, folder, opset=opset, weights=weights))
+        exporter = OnnxExporter(checkpoint)
+        model = exporter.export(program, folder, opset=opset, weights=weights)
+        facts = {**_facts(model), "outside": {"model.onnx": outside(model)}}
         if "mixed" in modes:
-            facts["mixed"] = _facts(exporter.export_mixed(program, folder, opset=opset, weights=weights))["outputs"]
-        _store(entry, folder, files, facts)
+            model = exporter.export_mixed(program, folder, opset=opset, weights=weights)
+            facts["mixed"] = _facts(model)["outputs"]
+            facts["outside"]["mixed.onnx"] = outside(model)
+        _store(entry, folder, [name for name in FILES if (folder / name).exists()], facts)
     return facts
 
 
-def cache_key(
-    program: Program, fingerprint: str, opset: int, weights: str = "float32", modes: Sequence[str] = ("switch",)
+def cache_key(  # noqa: PLR0917 - all that a model depends on
+    program: Program,
+    fingerprint: str,
+    opset: int,
+    weights: str = "copy",
+    modes: Sequence[str] = ("switch",),
+    checkpoint: Checkpoint | None = None,
 ) -> str:
     """Hash of all that the ONNX models depend on: base and its form, graph, free dimensions, opset and versions."""
     deltas = [
@@ -55,7 +74,12 @@ def cache_key(
     tools = {"modelsurgeon": tool_version("modelsurgeon")} | tool_versions()
     constants = {n: hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for n, t in program.constants.items()}
     blocks = dict(program.quantised.forms) if weights in KEPT else {}
-    parts = [fingerprint, blocks, program.shares_cache, graph_text(program), deltas, constants, opset, weights, sorted(modes), tools]
+    files = None
+    if checkpoint is not None:
+        files = checkpoint.layout if weights in OUTSIDE else sorted(checkpoint.dtypes)
+    weights = "outside" if weights in OUTSIDE else weights
+    form = [blocks, program.shares_cache, opset, weights, sorted(modes), files]
+    parts = [fingerprint, graph_text(program), deltas, constants, form, tools]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -71,18 +95,19 @@ def _facts(model: ir.Model) -> dict[str, Any]:
     return {"outputs": outputs, "opset": model.opset_imports[""], "ir_version": model.ir_version}
 
 
-def _take(entry: Path, folder: Path, files: Sequence[str]) -> dict[str, Any] | None:
+def _take(entry: Path, folder: Path) -> dict[str, Any] | None:
     """Copy an entry whose files are whole; a damaged one is dropped. Raises OSError where `folder` cannot be written."""
     try:
         known = json.loads((entry / "facts.json").read_text(encoding="utf-8"))
         facts: dict[str, Any] = known["facts"]
-        if any(hash_file(entry / name) != known["sha256"][name] for name in files):
+        hashes: dict[str, str] = known["sha256"]
+        if any(hash_file(entry / name) != sha256 for name, sha256 in hashes.items()):
             raise ValueError(entry)
     except (OSError, ValueError, KeyError):
         shutil.rmtree(entry, ignore_errors=True)
         return None
     try:
-        for name in files:
+        for name in hashes:
             shutil.copyfile(entry / name, folder / name)
         os.utime(entry)
     except FileNotFoundError:  # another process made room meanwhile

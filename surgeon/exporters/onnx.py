@@ -7,11 +7,12 @@ swaps the task per call. Lifting happens before the conversion, so that no optim
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
 
+from surgeon.base.checkpoint import Checkpoint
 from surgeon.errors import InvariantError, TraceError
 from surgeon.exporters.exported import exported
+from surgeon.exporters.layout import laid_out
+from surgeon.exporters.places import DATA, HALVES, Held, held_by, key, outside, place, save
 from surgeon.exporters.quantise import quantised
 from surgeon.exporters.rotary import turned
 from surgeon.exporters.shared import shared
@@ -29,82 +33,81 @@ from surgeon.ledger import Delta
 from surgeon.mixed import mixed
 from surgeon.module import copied
 from surgeon.program import Program
+from surgeon.runtime.manifest import OUTSIDE
 
 LIMIT = 2**24
 """Bytes of constants that a graph may hold itself."""
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
 
 
+@dataclass
 class OnnxExporter:
-    """Writes `model.onnx` and `model.onnx.data`."""
+    """Writes `model.onnx` and `model.onnx.data`; what the `checkpoint` has may stay in its files."""
 
-    name = "onnx"
+    checkpoint: Checkpoint | None = None
 
-    def export(self, program: Program, folder: Path, *, opset: int = 20, weights: str = "float32") -> ir.Model:
+    def export(self, program: Program, folder: Path, *, opset: int = 20, weights: str = "copy") -> ir.Model:
         """Convert and save into `folder`; returns the ONNX model.
 
         Raises TraceError where the rewritten graph cannot be converted, InvariantError where a delta got lost.
         """
         model = convert(program, opset, weights)
-        path = folder / "model.onnx"
-        ir.save(model, path, external_data="model.onnx.data")
-        onnx.checker.check_model(str(path))
+        self._place(model, program, weights, self._held if weights in OUTSIDE else {})
+        save(model, folder / "model.onnx")
+        _check(model, folder / "model.onnx")
         return model
 
-    def export_mixed(self, program: Program, folder: Path, *, opset: int = 20, weights: str = "float32") -> ir.Model:
+    def export_mixed(self, program: Program, folder: Path, *, opset: int = 20, weights: str = "copy") -> ir.Model:
         """Convert the graph whose rows have a task each, and save it over the weights that `export` has written.
 
         Raises CompositionError where rows cannot be told apart, and what `export` raises.
         """
         model = convert(mixed(program), opset, weights)
-        _share(model, ir.load(folder / "model.onnx"))
-        path = folder / "mixed.onnx"
-        ir.save(model, path)
-        onnx.checker.check_model(str(path))
+        written = (v.const_value for v in ir.load(folder / "model.onnx").graph.initializers.values())
+        own = {key(t): t for t in written if isinstance(t, ir.ExternalTensor) and str(t.location) == DATA}
+        self._place(model, program, weights, {**(self._held if weights in OUTSIDE else {}), **own})
+        tensors = (value.const_value for value in model.graph.initializers.values())
+        again = sum(t.nbytes for t in tensors if t is not None and not isinstance(t, ir.ExternalTensor))
+        if again > LIMIT:
+            raise InvariantError(f"the mixed graph would hold {again} bytes of weights that the other does not")
+        ir.save(model, folder / "mixed.onnx")
+        _check(model, folder / "mixed.onnx")
         return model
 
+    @cached_property
+    def _held(self) -> Held:
+        return {} if self.checkpoint is None else held_by(self.checkpoint)
 
-def _share(model: ir.Model, other: ir.Model) -> None:
-    """Let tensors of a model be those of another's data file, found by their bytes.
-
-    Raises InvariantError where weights would be written twice.
-    """
-    held = {
-        _digest(v.const_value): v.const_value
-        for v in other.graph.initializers.values()
-        if isinstance(v.const_value, ir.ExternalTensor)
-    }
-    again = 0
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        assert tensor is not None
-        place = held.get(_digest(tensor))
-        if place is None:
-            again += tensor.nbytes
-            continue
-        value.const_value = ir.ExternalTensor(
-            place.location,
-            place.offset,
-            place.length,
-            tensor.dtype,
-            shape=ir.Shape(tensor.numpy().shape),
-            name=tensor.name or str(value.name),
-            base_dir=place.base_dir,
-        )
-    if again > LIMIT:
-        raise InvariantError(f"the mixed graph would hold {again} bytes of weights that the other does not")
+    def _place(self, model: ir.Model, program: Program, weights: str, held: Held) -> None:
+        """Find the places of weights; those of a checkpoint in half precision stay so, unless they are to be wider."""
+        keeps = self.checkpoint is not None and weights in {"copy", *OUTSIDE}
+        halves = sorted(self.checkpoint.dtypes & HALVES.keys()) if keeps and self.checkpoint is not None else ()
+        place(model, held, halves, but=program.ledger.deltas)
 
 
-def _digest(tensor: Any) -> tuple[str, bytes]:
-    return str(tensor.dtype), hashlib.sha256(tensor.tobytes()).digest()
+def _check(model: ir.Model, path: Path) -> None:
+    """Let ONNX check what was written; it takes no file that is not there, or that has another name too."""
+    if not outside(model):
+        onnx.checker.check_model(str(path))
+        return
+    written = onnx.load(path, load_external_data=False)
+    graph = written.graph
+    external = [tensor for tensor in graph.initializer if tensor.external_data]
+    listed = {value.name for value in graph.input}
+    for tensor in external:
+        graph.initializer.remove(tensor)
+        if tensor.name not in listed:
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    onnx.checker.check_model(written)
 
 
-def convert(program: Program, opset: int, weights: str = "float32") -> ir.Model:
+def convert(program: Program, opset: int, weights: str = "copy") -> ir.Model:
     """The program as an ONNX model in memory."""
     deltas = program.ledger.deltas
     source = quantised(copied(program.graph_module), program, weights)
     if program.shares_cache:
         source = turned(shared(source, program))
+    source = laid_out(source, program, turned=weights not in OUTSIDE)
     # Without gradients: attention of a mask that requires them is laid out in another way.
     with quiet(), torch.no_grad():
         try:

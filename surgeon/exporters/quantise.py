@@ -28,7 +28,7 @@ from surgeon.program import Program
 aten = torch.ops.aten
 BITS = {"int8": 8, "int4": 4}
 ROUNDED = "base-rounded"
-KEPT = ("base", ROUNDED)
+KEPT = ("copy", ROUNDED)
 """Weights that keep the blocks of the base's own file."""
 EXACT, ACCURACY = 0, 4
 """Let ONNX Runtime round the products' inputs to 8 bits as well, block by block, or do not; with fp32 inputs `int8` is far slower."""
@@ -96,7 +96,7 @@ def _matrix(node: fx.Node, program: Program) -> str | None:
 
 
 def quantised(graph_module: fx.GraphModule, program: Program, weights: str) -> fx.GraphModule:
-    """Let the products with the base's matrices read these in 8 or 4 bits; `float32` leaves all as it is."""
+    """Let the products with the base's matrices read these in 8 or 4 bits, where that is what is wanted."""
     if weights in KEPT:
         return _kept(graph_module, program, weights)
     if weights not in BITS:

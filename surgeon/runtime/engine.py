@@ -35,7 +35,8 @@ def open_model(
     """Load the model, or with `mixed` the graph of several tasks a batch, over the same weights.
 
     With `verify`, exactly the bytes that were hashed are used, weights included: ONNX Runtime would map the weights'
-    file into memory, where a later change of it changes answers and a cut kills the process.
+    file into memory, where a later change of it changes answers and a cut kills the process. A checkpoint outside of
+    the build is mapped in any case.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERROR_ONLY  # it warns once per delta, that a delta is not constant
@@ -48,10 +49,13 @@ def open_model(
     weights: list[bytes] = []
     if verify:
         source = read_file(build, graph, manifest.files[graph])
-        external = [name for name in manifest.files if name.startswith(f"{MODEL}.")]
+        external = list(manifest.external)
         weights = [read_file(build, name, manifest.files[name]) for name in external]
         if external:
             options.add_external_initializers_from_files_in_memory(external, weights, [len(data) for data in weights])
+    names, mapped = ([], []) if manifest.checkpoint is None else manifest.checkpoint.read(graph, verify=verify)
+    if names:
+        options.add_external_initializers(names, mapped)
     try:
         session = onnxruntime.InferenceSession(
             source,
@@ -63,6 +67,7 @@ def open_model(
         raise BuildError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load the model: {str(error).strip()}", where=str(build)
         ) from error
+    session.mapped = mapped  # ONNX Runtime reads them as long as the session lives
     del weights  # alive until here: ONNX Runtime copies them while it builds the session
     if mixed:
         _compare(session, build, (*manifest.inputs, *PER_ROW), manifest.mixed, [*_banks(manifest)])

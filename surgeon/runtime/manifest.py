@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from surgeon.errors import BuildError, shorten
+from surgeon.runtime.checkpoint import Checkpoint, parse_checkpoint
 from surgeon.runtime.fields import REBUILD, Fields
 
 FORMAT = 1
@@ -26,9 +27,11 @@ NO_TASK = "base.onnx_adapter"
 """What the deltas of a row without a task are."""
 TOKENIZER = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
-FULL = "float32"
-EXACT = ("base", FULL)
-"""Weights of a graph that computes what PyTorch does."""
+FEWER = ("int8", "int4")
+APPROXIMATE = ("base-rounded", *FEWER)
+"""Weights of a graph that computes another base than PyTorch does."""
+OUTSIDE = ("link", "reference")
+"""Weights that lie in the checkpoint's own files."""
 CHANGED = "has other content (its hash differs)"
 
 
@@ -144,6 +147,10 @@ class Manifest:
     ir_version: int
     modes: tuple[str, ...]
     weights: str
+    external: tuple[str, ...]
+    """Files of the build that hold weights of the ONNX models."""
+    checkpoint: Checkpoint | None
+    """Files outside of the build that do."""
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     deltas: tuple[Delta, ...]
@@ -154,6 +161,11 @@ class Manifest:
     tasks: Mapping[str, Task]
     files: Mapping[str, File]
     tools: Mapping[str, str]
+
+    @property
+    def approximate(self) -> bool:
+        """Whether the ONNX model computes another base than the one that is trained on."""
+        return self.weights in APPROXIMATE
 
     def taken(self, sizes: Mapping[str, int], axis: str) -> int:
         """How many positions of an input's axis a task of these sizes takes for tokens of its own."""
@@ -235,7 +247,9 @@ def parse_manifest(doc: object, where: str) -> Manifest:
         opset=top.get("opset", int),
         ir_version=top.get("ir_version", int),
         modes=tuple(top.get("modes", list)),
-        weights=top.optional("weights", str) or FULL,
+        weights=top.optional("weights", str) or "float32",
+        external=_external(top),
+        checkpoint=None if top.doc.get("checkpoint") is None else parse_checkpoint(top.fields("checkpoint")),
         inputs=tuple(_port(item) for item in top.items("inputs")),
         outputs=tuple(_port(item) for item in top.items("outputs")),
         deltas=tuple(_delta(item) for item in top.items("deltas")),
@@ -346,6 +360,17 @@ def _generation(item: Fields) -> Generation:
     tokens = item.get("tokens", dict)
     named = MappingProxyType({name: str(token) for name, token in tokens.items()})
     return Generation(cache, frozenset(ends), named, shared=item.optional("shared", bool) or False)
+
+
+def _external(top: Fields) -> tuple[str, ...]:
+    """The files named; of a build that names none, those beside the model."""
+    files = top.named("files")
+    named = top.optional("external", list)
+    if named is None:
+        return tuple(name for name in files if name.startswith(f"{MODEL}."))
+    if not all(name in files for name in named):
+        raise top.fault("external", "a list of files of the build")
+    return tuple(named)
 
 
 def _task(name: str, item: Fields) -> Task:

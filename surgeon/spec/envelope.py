@@ -155,12 +155,14 @@ class ExportSpec(Part):
         "the same weights, in which every row of a batch has a task of its own, and a text as many rows as tasks.",
     )
     opset: StrictInt = Field(default=20, ge=18, le=23, description="ONNX operator set.")
-    weights: Literal["base", "base-rounded", "float32", "int8", "int4"] = Field(
-        default="base",
-        description="How the ONNX model holds the base's matrices. `base`: as its file does, a GGUF file in blocks of "
-        "few bits, others in float32. `base-rounded`: the same blocks, multiplied with inputs rounded to 8 bits: "
-        "faster, approximate, and a row may change with the number of rows beside it. `float32`: always so. `int8`, "
-        "`int4`: in fewer bits, another base than the one that is trained on, with approximate answers.",
+    weights: Literal["copy", "link", "reference", "base-rounded", "float32", "int8", "int4"] = Field(
+        default="copy",
+        description="How the ONNX model holds the base's weights. `copy`: in a file of its own, as the base's file does, "
+        "in half precision or in a GGUF file's blocks of few bits. `link`: in the checkpoint's files, hard-linked into "
+        "the build. `reference`: in the checkpoint's files, where they are. `float32`: a copy, all in fp32. "
+        "`base-rounded`: a GGUF file's blocks, multiplied with inputs rounded to 8 bits: faster, approximate, and a row "
+        "may change with the number of rows beside it. `int8`, `int4`: in fewer bits, another base than the one that is "
+        "trained on, with approximate answers.",
     )
 
     generate: StrictBool = Field(

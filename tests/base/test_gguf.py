@@ -131,7 +131,7 @@ def test_a_file_is_read_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert open_base(wanted).fingerprint == first.fingerprint
 
 
-@pytest.mark.parametrize("weights", ["base", "base-rounded", "float32"])
+@pytest.mark.parametrize("weights", ["copy", "base-rounded", "float32"])
 def test_onnx_runtime_reads_the_blocks_themselves(
     spec: dict[str, Any], compiled: Compiled, tmp_path: Path, weights: str
 ) -> None:
@@ -142,9 +142,9 @@ def test_onnx_runtime_reads_the_blocks_themselves(
         n for n in onnx.load(build / "model.onnx", load_external_data=False).graph.node if n.op_type == "MatMulNBits"
     ]
     # Nine matrices of Q4_1 and two of Q4_0, two of Q8_0 as halves; with rounded inputs these are whole.
-    assert len(found) == {"base": 15, "base-rounded": 13, "float32": 0}[weights]
+    assert len(found) == {"copy": 15, "base-rounded": 13, "float32": 0}[weights]
     levels = {a.i for node in found for a in node.attribute if a.name == "accuracy_level"}
-    assert levels == {"base": {0}, "base-rounded": {4}, "float32": set()}[weights]
+    assert levels == {"copy": {0}, "base-rounded": {4}, "float32": set()}[weights]
     ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
     with surgeon.Session(build, threads=1) as session, torch.no_grad():
         for task in ("a", None):
@@ -152,7 +152,7 @@ def test_onnx_runtime_reads_the_blocks_themselves(
             logits = session.run({"input_ids": ids.numpy()}, task)["logits"]
             gap = float(np.abs(logits - wanted).max() / np.abs(wanted).max())
             assert 1e-5 < gap < 0.05 if weights == "base-rounded" else gap < 1e-5
-    if weights == "base":
+    if weights == "copy":
         checked = audit(build)
         assert checked.tolerance is not None
         assert all(task.difference is not None and task.difference < 1e-5 for task in checked.tasks)

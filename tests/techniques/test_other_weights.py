@@ -173,7 +173,7 @@ def test_the_build_says_so_loads_and_verifies(tmp_path):
 
 def test_what_is_no_number_is_still_a_difference():
     for difference, tolerance in ((float("nan"), None), (float("inf"), None), (1.0, 1e-4)):
-        found = Audit(1, True, "int8", tolerance, (AuditedTask("a", 1, difference),))
+        found = Audit(1, True, "int8", None, tolerance, (AuditedTask("a", 1, difference),))
         with pytest.raises(BuildError, match="different answers"):
             _require_agreement(found, "build")
 

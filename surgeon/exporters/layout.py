@@ -1,0 +1,63 @@
+"""Linear maps as ONNX has them: `MatMul`, which wants a matrix `[in, out]`, or one that reads the checkpoint's `[out, in]`.
+
+A file of the build's own gets the matrices turned. They are turned as they are written, one by one: a `Transpose` in
+the graph would be computed by the converter, which then holds all of them in memory twice, or by ONNX Runtime whenever
+a session starts. What lies in the checkpoint's file is read as it is, by ONNX Runtime's `FusedMatMul`, which takes as
+long.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from surgeon.program import Program
+
+aten = torch.ops.aten
+TURNED = "_turned"
+
+
+def laid_out(graph_module: fx.GraphModule, program: Program, *, turned: bool) -> fx.GraphModule:
+    """Spell linear maps by matrices of the base so that nothing is transposed when the graph is converted or loaded."""
+    graph = graph_module.graph
+    reads = {n: str(n.target) for n in graph.find_nodes(op="get_attr") if n.target in program.frozen}
+    elsewhere = {name for node, name in reads.items() for user in node.users if not _linear(user, node)}
+    for node in graph.find_nodes(op="call_function", target=aten.linear.default):
+        name = reads.get(node.args[1])
+        if name is None or (turned and name in elsewhere):
+            continue
+        x, bias = node.args[0], node.args[2] if len(node.args) > 2 else None
+        if not turned:
+            node.target, node.args = onnx_product, (x, node.args[1], bias)
+            continue
+        with graph.inserting_before(node):
+            y = graph.call_function(aten.matmul.default, (x, graph.get_attr(_turn(graph_module, name))))
+            result = y if bias is None else graph.call_function(aten.add.Tensor, (y, bias))
+        result.meta = dict(node.meta)
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module
+
+
+def _linear(user: fx.Node, weight: fx.Node) -> bool:
+    return user.target is aten.linear.default and user.args[1] is weight and weight not in (user.args[0], *user.args[2:])
+
+
+def _turn(graph_module: fx.GraphModule, name: str) -> str:
+    """A view of a matrix with its axes turned, beside it; returns its name."""
+    owner, _, leaf = name.rpartition(".")
+    module = graph_module.get_submodule(owner)
+    if not hasattr(module, leaf + TURNED):
+        module.register_buffer(leaf + TURNED, getattr(module, leaf).detach().T)
+    return name + TURNED
+
+
+def onnx_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x · weightᵀ` as ONNX Runtime's operator, and the bias as an addition of its own, as other products have it."""
+    shape = [*x.shape[:-1], weight.shape[0]]
+    y = torch.onnx.ops.symbolic(
+        "com.microsoft::FusedMatMul", (x, weight), {"transB": 1}, dtype=x.dtype, shape=shape, version=1
+    )
+    return y if bias is None else y + bias
