@@ -157,12 +157,12 @@ class ExportSpec(Part):
     opset: StrictInt = Field(default=20, ge=18, le=23, description="ONNX operator set.")
     weights: Literal["copy", "link", "reference", "base-rounded", "float32", "int8", "int4"] = Field(
         default="copy",
-        description="How the ONNX model holds the base's weights. `copy`: in a file of its own, as the base's file does, "
-        "in half precision or in a GGUF file's blocks of few bits. `link`: in the checkpoint's files, hard-linked into "
+        description="How the ONNX model holds the base's weights. `copy`: in a file of its own, as the base's does, in "
+        "half precision or in a GGUF file's blocks of few bits. `link`: in the checkpoint's files, hard-linked into "
         "the build. `reference`: in the checkpoint's files, where they are. `float32`: a copy, all in fp32. "
-        "`base-rounded`: a GGUF file's blocks, multiplied with inputs rounded to 8 bits: faster, approximate, and a row "
-        "may change with the number of rows beside it. `int8`, `int4`: in fewer bits, another base than the one that is "
-        "trained on, with approximate answers.",
+        "`base-rounded`: a GGUF file's blocks, multiplied with inputs rounded to 8 bits: faster, approximate, and a "
+        "row may change with the number of rows beside it. `int8`, `int4`: in fewer bits, another base than the one "
+        "that is trained on, with approximate answers.",
     )
 
     generate: StrictBool = Field(
