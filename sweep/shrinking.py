@@ -33,10 +33,21 @@ class Sizes:
     head: int | None = 16
     everything: bool = True
     """Whether more than depths, vocabularies and positions shrinks."""
+    absent: bool = False
+    """Whether sizes that the defaults leave open are chosen."""
 
+
+ABSENT = {
+    r"vocab_size": 131,
+    r"num_experts_per_tok|top_k": 2,
+    r"num_experts|num_local_experts|n_routed_experts": 4,
+    r"n_shared_experts|n_group|topk_group": 1,
+}
+"""Sizes that a family may leave open and cannot be built without."""
 
 LADDER = (
     Sizes(),
+    Sizes(absent=True),
     Sizes(layers=4),
     Sizes(head=None),
     Sizes(stream=96, head=24),
@@ -89,6 +100,10 @@ def _settle(config: PretrainedConfig) -> None:
         config.decoder_start_token_id = 1
 
 
+def _is_depth(name: str) -> bool:
+    return bool(re.fullmatch(LAYERS, name)) and not re.fullmatch(KEPT, name)
+
+
 class _Shrinker:
     def __init__(self, sizes: Sizes, default: PretrainedConfig) -> None:
         self.sizes = sizes
@@ -102,7 +117,7 @@ class _Shrinker:
             value
             for part in parts(default)
             for name, value in vars(part).items()
-            if isinstance(value, int) and re.fullmatch(LAYERS, name) and not re.fullmatch(KEPT, name)
+            if isinstance(value, int) and _is_depth(name)
         }
 
     def arguments(self, config: PretrainedConfig) -> dict[str, Any]:
@@ -113,7 +128,14 @@ class _Shrinker:
             new = self._value(name, value, fields)
             if new is not None and new != value:
                 changed[name] = new
-        return changed
+        return changed | self._total(fields | changed, fields)
+
+    def _total(self, new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, int]:
+        """A depth that is the sum of all others stays their sum."""
+        total = "num_hidden_layers"
+        parts = [n for n in old if _is_depth(n) and n != total and isinstance(old[n], int)]
+        summed = len(parts) > 1 and old.get(total) == sum(old[n] for n in parts)
+        return {total: sum(new[n] for n in parts)} if summed else {}
 
     def _value(self, name: str, value: Any, fields: Mapping[str, Any]) -> Any:
         if isinstance(value, PretrainedConfig):
@@ -122,6 +144,8 @@ class _Shrinker:
             return _special(name, value)
         if isinstance(value, (list, tuple)):
             return self._list(name, value)
+        if value is None and self.sizes.absent:
+            return next((size for pattern, size in ABSENT.items() if re.fullmatch(pattern, name)), None)
         if not isinstance(value, int) or value <= 0:
             return None
         return self._number(name, value, fields)
@@ -178,7 +202,8 @@ RULES: tuple[tuple[str, Callable[[_Shrinker, int, Mapping[str, Any]], int], bool
         True,
     ),
     (LAYERS, lambda s, v, _: min(v, s.sizes.layers), True),
-    (r"(\w+_)?vocab_size(_\w+)?|ngram_vocab_size_base|unpadded_vocab_size|codebook_size", _at_most(131), True),
+    (r"(\w+_)?vocab_size(_\w+)?|ngram_vocab_size_base|unpadded_vocab_size", _at_most(131), True),
+    (r"codebook_size", _at_most(128), True),
     (
         r"(\w+_)?(max_\w*position\w*|n_positions|n_ctx|context_length|max_seq_len|max_length|model_max_length)",
         _at_most(128),
@@ -211,6 +236,7 @@ RULES: tuple[tuple[str, Callable[[_Shrinker, int, Mapping[str, Any]], int], bool
         _Shrinker._width,
         False,
     ),
+    (r"\w+_(size|dim|width)", lambda s, v, _: s.sizes.stream if v in s.widths else v, False),
 )
 
 

@@ -146,6 +146,8 @@ def _neutral(node: fx.Node, operand: fx.Node) -> Columns:
         return 1.0, 0.0
     if name == "masked_fill":
         return 0.0, 0.0
+    if name == "expand_as" and node.args[0] is operand:  # what it is neutral to is its reader
+        return _neutral(next(iter(node.users)), node)
     if name == "where" and node.args[0] is operand:
         return (1.0 if node.args[1] in node.all_input_nodes and _is_scores(node, 1) else 0.0), 0.0
     raise InvariantError(
