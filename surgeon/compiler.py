@@ -26,7 +26,7 @@ from surgeon.program import Program
 from surgeon.registry import technique
 from surgeon.runtime.manifest import OUTSIDE, Task, hash_file, read_manifest
 from surgeon.spec import BaseSpec, HeadName, Spec, read_spec
-from surgeon.trace import trace
+from surgeon.trace import LONGEST, trace
 from surgeon.weights import read_weights
 
 if TYPE_CHECKING:
@@ -190,7 +190,8 @@ def study(
     report("tracing")
     graph_module = trace(opened.model)
     report("finding the anatomy")
-    return opened, begin(opened, graph_module)
+    program = begin(opened, graph_module)
+    return replace(opened, max_length=program.max_length), program
 
 
 def _generating(spec: Spec, opened: Base, program: Program, steps: list[Pass], report: Progress) -> Program:
@@ -228,7 +229,8 @@ def _port(delta: Delta) -> tuple[Any, ...]:
 
 
 def begin(opened: Base, graph_module: fx.GraphModule, inputs: tuple[Input, ...] | None = None) -> Program:
-    """The program of a traced base before surgery."""
+    """The program of a traced base before surgery; it takes texts as long as the base and its trace do."""
+    limits = [n for n in (opened.max_length, graph_module.meta.get(LONGEST)) if n is not None]
     return Program(
         graph_module=graph_module,
         anatomy=find(graph_module),
@@ -236,7 +238,7 @@ def begin(opened: Base, graph_module: fx.GraphModule, inputs: tuple[Input, ...] 
         config=opened.model.config,
         head=opened.head,
         fingerprint=opened.fingerprint,
-        max_length=opened.max_length,
+        max_length=min(limits, default=None),
         tokenizer=opened.tokenizer_path,
         quantised=opened.quantised,
         frozen=frozenset(n for n, _ in [*graph_module.named_parameters(), *graph_module.named_buffers()]),

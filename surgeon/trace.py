@@ -7,6 +7,7 @@ metadata assertions go, `no_grad` blocks are inlined, tied weights take the name
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from surgeon.inputs import SAMPLE, Input, base_inputs, sample_inputs, vocabulary
 
 aten = torch.ops.aten
 
+LONGEST = "longest"
+"""Key of a graph's meta: the most tokens that it holds for, or None."""
 FACTORS = (2, 4, 8, 16, 32, 64, 128)
 LIMIT = 4096
 """How long a text may become for a trace."""
@@ -46,6 +49,7 @@ def trace(model: PreTrainedModel, inputs: tuple[Input, ...] | None = None) -> fx
         sizes = _larger(exported, inputs, sizes)
     unlifted = exported.module(check_guards=False)
     graph_module = fx.GraphModule(unlifted, unlifted.graph)
+    graph_module.meta[LONGEST] = _longest(exported, inputs)
     normalise(graph_module, model)
     return graph_module
 
@@ -102,6 +106,15 @@ def _larger(exported: ExportedProgram, inputs: tuple[Input, ...], sizes: Mapping
         if all(count.subs({s: larger[words[str(s)]] for s in count.free_symbols}) > 1 for count in counts):
             return larger
     raise TraceError(f"the trace holds only where {counts[0]} is 1", try_="a base that treats all lengths alike")
+
+
+def _longest(exported: ExportedProgram, inputs: tuple[Input, ...]) -> int | None:
+    """The longest text that the trace is the model for, which may go another way with longer ones; None for any."""
+    values = {n.name: n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder"}
+    sizes = [s for i in inputs for s, axis in zip(values[i.name].shape, i.axes, strict=True) if axis == "sequence"]
+    ranges = [exported.range_constraints.get(s.node.expr) for s in sizes if isinstance(s, torch.SymInt)]
+    uppers = [int(r.upper) for r in ranges if r is not None and r.upper.is_Integer]
+    return min((upper for upper in uppers if upper < sys.maxsize - 1), default=None)
 
 
 def _reason(error: Exception) -> str:

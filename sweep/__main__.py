@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from surgeon.registry import technique
-from sweep.cases import cases
-from sweep.chain import TECHNIQUES, chain, reading
+from sweep.cases import Case, cases
+from sweep.chain import chain, reading
 from sweep.running import Limits, forget, results, run
+from sweep.shrinking import Sizes
 from sweep.table import page
 
 PAGE = Path("docs/architectures.md")
@@ -35,8 +35,7 @@ def main() -> None:
         wanted = list({c.family: c for c in reversed(wanted)}.values())[::-1]
     if args.again:
         forget(args.out, wanted)
-    for name in TECHNIQUES:  # loaded once, before processes are forked
-        technique(name)
+    chain(Case("bert", "masked-lm"), {}, [Sizes(layers=1)])  # loads all that a case needs, before processes are forked
     work = reading if args.read else chain
     run(wanted, work, args.out, jobs=args.jobs, limits=Limits(args.seconds, args.gigabytes))
     if not args.read:

@@ -129,7 +129,7 @@ def _operate(opened: Base, graph_module: fx.GraphModule, items: list[Mapping[str
 def _in_torch(compiled: Compiled) -> str | None:
     """Born as the base, prefixes of no length in front; and another model once the deltas have moved."""
     model, ours = compiled.base.model, compiled.model("a").eval()
-    given = feed(model, *SHAPES[0])
+    given = feed(model, *_fitting(compiled, SHAPES[0]))
     with torch.no_grad():
         wanted = model(**given).logits
         born = ours.state_dict()
@@ -140,6 +140,12 @@ def _in_torch(compiled: Compiled) -> str | None:
         if born and _gap(_moved(ours)(**given).logits, wanted) < 1e-4:
             return "trained deltas change nothing"
     return None
+
+
+def _fitting(compiled: Compiled, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """A shape of as many tokens as the program takes at most."""
+    batch, length, pad = shape
+    return batch, min(length, compiled.program.max_length or length), pad
 
 
 def _without_prefix(model: TaskModel, name: str, tensor: Tensor) -> Tensor:
@@ -160,7 +166,7 @@ def _in_onnx_runtime(compiled: Compiled) -> str | None:
     with TemporaryDirectory() as folder, torch.no_grad():
         OnnxExporter().export(compiled.program, Path(folder))
         session = ort.InferenceSession(Path(folder) / "model.onnx", options)
-        for shape in SHAPES:
+        for shape in (_fitting(compiled, shape) for shape in SHAPES):
             given = feed(base, *shape)
             seen = given.get("attention_mask", torch.ones(1)).bool()
             main = next(iter(given.values()))
