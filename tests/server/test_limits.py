@@ -33,7 +33,7 @@ def connect(live: Live) -> socket.socket:
 
 
 def test_a_full_queue_is_told_and_empties(served_build: Path, serving: Serving) -> None:
-    with serving(served_build, Limits(queue=2, wait=0.4)) as live, ThreadPoolExecutor(8) as pool:
+    with serving(served_build, Limits(queue=2, wait=1.5)) as live, ThreadPoolExecutor(8) as pool:
         replies = list(pool.map(lambda _: live.ask("topic", "good"), range(8)))
         counts = {status: sum(reply.status == status for reply in replies) for status in (200, 429)}
         assert counts == {200: 2, 429: 6}
@@ -52,7 +52,7 @@ def test_a_deadline_that_passes_is_told(served_build: Path, serving: Serving) ->
 
 
 def test_slow_bodies_and_silent_connections_are_closed(served_build: Path, serving: Serving) -> None:
-    with serving(served_build, Limits(patience=0.3)) as live:
+    with serving(served_build, Limits(patience=1.0)) as live:
         with connect(live) as slow:
             slow.sendall(b"POST /v2/models/topic/infer HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
             reply = slow.recv(4096)
@@ -104,7 +104,7 @@ def test_a_stop_answers_what_was_taken_in(served_build: Path, tmp_path: Path) ->
     """SIGTERM while requests wait: every one is answered, and later ones find nobody. torch was never there."""
     code = (
         "import sys; from surgeon.server.run import serve; from surgeon.server.limits import Limits; "
-        f"serve({str(served_build)!r}, port=0, threads=1, limits=Limits(wait=1.0)); "
+        f"serve({str(served_build)!r}, port=0, threads=1, limits=Limits(wait=20.0)); "
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -121,7 +121,8 @@ def test_a_stop_answers_what_was_taken_in(served_build: Path, tmp_path: Path) ->
             time.sleep(0.05)
     with ThreadPoolExecutor(6) as pool:
         waiting = [pool.submit(live.ask, "topic", "good") for _ in range(6)]
-        time.sleep(0.5)  # they are in, and wait for others
+        while live.call("GET", "/status").json["load"]["waiting"] < 6:  # they are in, and wait for others
+            time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         assert [future.result().status for future in waiting] == [200] * 6
     out, err = process.communicate(timeout=20)
@@ -232,14 +233,14 @@ def test_late_and_cancelled_requests_are_not_run(gather: Callable[..., tuple[Gat
 
 
 def test_one_waits_for_others_as_long_as_it_may(gather: Callable[..., tuple[Gatherer, Slow]]) -> None:
-    gatherer, slow = gather(wait=0.2)
+    gatherer, slow = gather(wait=1.0)
     begun = time.monotonic()
     gatherer.submit(job())
     time.sleep(0.05)
     gatherer.submit(job())
     while not slow.batches:
         time.sleep(0.001)
-    assert 0.15 < time.monotonic() - begun < 2
+    assert time.monotonic() - begun > 0.9
     assert len(slow.batches[0]) == 2
     slow.go.release()
     begun = time.monotonic()
@@ -248,7 +249,7 @@ def test_one_waits_for_others_as_long_as_it_may(gather: Callable[..., tuple[Gath
     while len(slow.batches) < 2:
         time.sleep(0.001)
     assert len(slow.batches[1]) == 4  # full, so it did not wait
-    assert time.monotonic() - begun < 0.15
+    assert time.monotonic() - begun < 0.9
 
 
 def test_a_batch_that_fails_fails_for_the_one_at_fault_alone(live: Live) -> None:
