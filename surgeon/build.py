@@ -21,9 +21,10 @@ from surgeon.base.talking import chat_template
 from surgeon.errors import BuildError, DeltaError, SpecError
 from surgeon.exporters.cache import export_cached
 from surgeon.exporters.genai import GENAI, genai_config, not_carried
-from surgeon.exporters.shared import starts
+from surgeon.exporters.generation import generation
 from surgeon.exporters.versions import tool_version, tool_versions
 from surgeon.graph_text import graph_text
+from surgeon.halves import Halves
 from surgeon.inputs import vocabulary
 from surgeon.model import TaskModel
 from surgeon.plan import base_bytes
@@ -86,29 +87,25 @@ class Contents:
 
     spec: Spec
     base: Base
-    program: Program
+    whole: Program
     models: Mapping[str, TaskModel]
+    served: Program | Halves | None = None
+    """What writes texts: a decoder's program, exported in place of the `whole`, or the halves of an encoder-decoder."""
+
+    @property
+    def program(self) -> Program:
+        """What `model.onnx` is made from."""
+        return self.served if isinstance(self.served, Program) else self.whole
+
+    @property
+    def halves(self) -> Halves | None:
+        """What stands beside it."""
+        return self.served if isinstance(self.served, Halves) else None
 
     @property
     def generation(self) -> dict[str, Any] | None:
-        """What writes a text: where the cache goes in and comes out, and the tokens that end a text."""
-        inputs = self.program.inputs
-        begin = starts(self.program) if self.program.shares_cache else {}
-        cache = [
-            {
-                "start": begin.get(i.name),
-                "past": {"name": i.name, "dtype": str(i.dtype).removeprefix("torch."), "axes": list(i.axes)},
-                "present": present,
-            }
-            for i, present in zip((i for i in inputs if i.cached), self.program.presents, strict=True)
-        ]
-        said: Any = getattr(self.base.model, "generation_config", self.base.model.config)
-        end = getattr(said, "eos_token_id", None)
-        ends = [] if end is None else [end] if isinstance(end, int) else list(end)
-        if not cache:
-            return None
-        shares = self.program.shares_cache
-        return {"cache": cache, "shared": shares, "end": ends, "tokens": chat_template(self.base)[1]}
+        """How texts are written, if they are."""
+        return None if self.served is None else generation(self.base, self.served)
 
 
 def write_build(contents: Contents, out: Path, report: Callable[[str], None]) -> Path:
@@ -135,6 +132,7 @@ def write_build(contents: Contents, out: Path, report: Callable[[str], None]) ->
             weights=export.weights,
             modes=export.modes,
             checkpoint=checkpoint,
+            both=contents.halves,
         )
         elsewhere = facts.pop("outside")
         outer = _place(checkpoint, elsewhere, export.weights, folder, report)
@@ -208,6 +206,8 @@ def _write_generation(
     template = chat_template(base)[0]
     if template is not None:
         (folder / TEMPLATE).write_text(template, encoding="utf-8")
+    if contents.halves is not None:
+        return
     if (reason := not_carried(program, generation["end"])) is not None:
         report(f"no {GENAI}: {reason}")
         return

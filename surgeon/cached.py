@@ -1,7 +1,8 @@
 """Generation with a cache: a model's forward whose keys and values of earlier tokens come in and go out as tensors.
 
 One graph serves the prompt (an empty past) and every later token. Each row's positions are counted over its mask, so
-that padding in front of a row, or virtual tokens that a pass puts there, move nothing.
+that padding in front of a row, or virtual tokens that a pass puts there, move nothing. An encoder-decoder also gives
+the keys and values that its decoder reads of the source (`surgeon.halves` cuts there).
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from surgeon.errors import SurgeonError, TraceError
 
-PAST, PRESENT = "past", "present"
+PAST, PRESENT, CROSS = "past", "present", "cross"
 PARTS = ("key", "value")
 
 
@@ -30,8 +31,10 @@ def cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
     device = next(model.parameters()).device
     with torch.no_grad():
         ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
-    layers = getattr(_cache_of(output), "layers", [])
+        both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **both)
+    cache = _cache_of(output)
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", [])
     tensors: list[Any] = [getattr(layer, f"{part}s", None) for layer in layers for part in PARTS]
     if not tensors or not all(isinstance(t, Tensor) and t.dim() == 4 for t in tensors):
         raise _no_cache(model)
@@ -44,30 +47,11 @@ def cached_forward(model: PreTrainedModel, names: Sequence[str]) -> Iterator[Non
 
     `names` are all arguments. Every layer keeps all it has seen: where attention slides, its window is in the mask.
     """
-    forward, accepted = model.forward, inspect.signature(model.forward).parameters
-    if "logits_to_keep" not in accepted or "use_cache" not in accepted:
+    accepted = inspect.signature(model.forward).parameters
+    both = model.config.is_encoder_decoder
+    if "use_cache" not in accepted or not (both or "logits_to_keep" in accepted):
         raise _no_cache(model)
-
-    def run(input_ids: Tensor, attention_mask: Tensor, **past: Tensor) -> dict[str, Tensor]:
-        cache = DynamicCache()
-        for i in range(len(past) // 2):
-            layer: Any = cast(Any, DynamicLayer)()
-            keys, values = (past[f"{PAST}_{part}_{i}"] for part in PARTS)
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values
-            cache.layers.append(layer)
-        given: dict[str, Any] = {"cache" if "cache" in accepted else "past_key_values": cache}
-        if "position_ids" in accepted:
-            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-            given["position_ids"] = positions[:, -input_ids.shape[1] :]
-        output = forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, logits_to_keep=1, **given)
-        present = {
-            f"{PRESENT}_{part}_{i}": getattr(layer, f"{part}s")
-            for i, layer in enumerate(cache.layers)
-            for part in PARTS
-        }
-        return {"logits": output.logits, **present}
-
+    run = _two_stacks(model.forward, accepted) if both else _one_stack(model.forward, accepted)
     named = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
     run.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]  # torch.export names inputs by it
     model.forward = run
@@ -76,6 +60,67 @@ def cached_forward(model: PreTrainedModel, names: Sequence[str]) -> Iterator[Non
             yield
     finally:
         del model.forward
+
+
+def _one_stack(forward: Callable[..., Any], accepted: Any) -> Callable[..., dict[str, Tensor]]:
+    """A decoder: its mask reaches back over the cache."""
+
+    def run(input_ids: Tensor, attention_mask: Tensor, **past: Tensor) -> dict[str, Tensor]:
+        cache = _filled(past)
+        given: dict[str, Any] = {_word(accepted): cache}
+        if "position_ids" in accepted:
+            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+            given["position_ids"] = positions[:, -input_ids.shape[1] :]
+        output = forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, logits_to_keep=1, **given)
+        return {"logits": output.logits, **_named(cache, PRESENT)}
+
+    return run
+
+
+def _two_stacks(forward: Callable[..., Any], accepted: Any) -> Callable[..., dict[str, Tensor]]:
+    """An encoder-decoder: the whole source, and a part of what is written of it."""
+
+    def run(input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor, **past: Tensor) -> dict[str, Tensor]:
+        own, source = _filled(past), DynamicCache()
+        source.layers = [cast(Any, _Fresh)() for _ in own.layers]
+        cache: Any = EncoderDecoderCache(own, source)
+        cache.is_updated = dict.fromkeys(range(len(own.layers)), False)
+        ids: Any = {"input_ids": input_ids, "decoder_input_ids": decoder_input_ids}
+        output = forward(attention_mask=attention_mask, use_cache=True, **ids, **{_word(accepted): cache})
+        return {"logits": output.logits, **_named(own, PRESENT), **_named(source, CROSS)}
+
+    return run
+
+
+class _Fresh(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A layer's keys and values of the source, which come once."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+
+def _filled(past: dict[str, Tensor]) -> DynamicCache:
+    """A cache of these tensors."""
+    cache = DynamicCache()
+    for i in range(len(past) // 2):
+        layer: Any = cast(Any, DynamicLayer)()
+        keys, values = (past[f"{PAST}_{part}_{i}"] for part in PARTS)
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache
+
+
+def _named(cache: DynamicCache, word: str) -> dict[str, Tensor]:
+    """The tensors of a cache, key before value, layer after layer."""
+    layers: list[Any] = list(cache.layers)
+    return {f"{word}_{part}_{i}": getattr(layer, f"{part}s") for i, layer in enumerate(layers) for part in PARTS}
+
+
+def _word(accepted: Any) -> str:
+    """What the model calls a cache."""
+    return "cache" if "cache" in accepted else "past_key_values"
 
 
 @contextmanager

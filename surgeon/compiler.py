@@ -13,8 +13,10 @@ from surgeon.anatomy import find
 from surgeon.base import Base, load_base, open_base
 from surgeon.build import BASE, Contents, check_writable, pack_tasks, write_build
 from surgeon.errors import BuildError, DeltaError, InvariantError, SpecError, did_you_mean
+from surgeon.exporters.generation import generation
 from surgeon.exporters.quantise import check_weights, products
 from surgeon.exporters.shared import shareable
+from surgeon.halves import Halves, halves
 from surgeon.inputs import Input, base_inputs, cached_inputs
 from surgeon.ledger import Delta, symbols
 from surgeon.model import TaskModel, on_cpu
@@ -42,8 +44,11 @@ class Compiled:
     spec: Spec
     base: Base
     program: Program
-    served: Program | None = None
-    """What is exported, where that is another graph with the same deltas: one that generates from a cache."""
+    served: Program | Halves | None = None
+    """What writes texts from a cache, where the spec wants it: another graph, or two, with the same deltas.
+
+    That of a decoder is what is exported. Those of an encoder-decoder stand beside the whole model.
+    """
     _graph: fx.GraphModule = field(init=False)
     _models: dict[str, TaskModel] = field(default_factory=dict)
 
@@ -108,7 +113,7 @@ class Compiled:
     def save(self, out: str | Path, *, progress: Progress | None = None) -> Path:
         """Write the build directory `out`, which must be absent or empty."""
         models = {task: self.model(task) for task in self.tasks}
-        contents = Contents(self.spec, self.base, self.served or self.program, models)
+        contents = Contents(self.spec, self.base, self.program, models, self.served)
         with on_cpu(models.values()):
             return write_build(contents, Path(out), progress or _silent)
 
@@ -194,15 +199,15 @@ def study(
     return replace(opened, max_length=program.max_length), program
 
 
-def _generating(spec: Spec, opened: Base, program: Program, steps: list[Pass], report: Progress) -> Program:
+def _generating(spec: Spec, opened: Base, program: Program, steps: list[Pass], report: Progress) -> Program | Halves:
     """The same surgery on the base as it generates. Raises SpecError for a base that does not."""
     where = spec.locate(("export", "generate"))
-    if opened.head != "causal-lm":
+    if opened.head not in {"causal-lm", "seq2seq-lm"}:
         raise SpecError(
             "export.generate: this base does not write texts",
             where=where,
             there_is=f"head: {opened.head}",
-            try_="`head: causal-lm` under `base`",
+            try_="`head: causal-lm` or `head: seq2seq-lm` under `base`",
         )
     if "mixed" in spec.export.modes:
         raise SpecError(
@@ -215,6 +220,10 @@ def _generating(spec: Spec, opened: Base, program: Program, steps: list[Pass], r
     run_passes(served, steps, lambda i: spec.locate(("surgery", i)))
     if [_port(d) for d in served.ledger.deltas.values()] != [_port(d) for d in program.ledger.deltas.values()]:
         raise InvariantError("with a cache the surgery gives other deltas than without", where=where)
+    if opened.model.config.is_encoder_decoder:
+        both = halves(served)
+        generation(opened, both)  # so that what the base asks for and is not done is told now
+        return both
     if spec.export.cache == "auto":
         report("comparing the cache as one buffer")
         reason = shareable(served)

@@ -20,6 +20,7 @@ SAMPLE: Mapping[str, int] = {
     "decoder_sequence": 5,
     "rows": 3,
     "past": 4,
+    "source": 6,
     "samples": 2731,
     "frames": 29,
 }
@@ -148,11 +149,16 @@ def _parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
 
 
 def cached_inputs(model: PreTrainedModel) -> tuple[Input, ...]:
-    """The inputs of a decoder that generates: the new tokens, a mask over all tokens, and the cache of earlier ones."""
+    """The inputs of a decoder that generates: the new tokens, a mask over all tokens, and the cache of earlier ones.
+
+    Those of an encoder-decoder: the source, the new tokens, and the cache of earlier ones.
+    """
     past = [
         Input(f"{PAST}_{PARTS[i % 2]}_{i // 2}", ("batch", heads, "past", width), 0, _dtype(model), cached=True)
         for i, (heads, width) in enumerate(cache_shapes(model))
     ]
+    if model.config.is_encoder_decoder:
+        return (*text_inputs(model), *past)
     text = (Input("input_ids", ("batch", "sequence")), Input("attention_mask", ("batch", "past+sequence"), 1))
     return (*text, *past)
 

@@ -117,8 +117,13 @@ class Program(Holding):
 
     @property
     def generates(self) -> bool:
-        """Whether the graph goes on from a cache, so that what it reads may be a part of a text."""
+        """Whether the graph writes from a cache."""
         return any(i.cached for i in self.inputs)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the text that the passes see may be a part of one: a decoder's, and not the source of two stacks."""
+        return any("past+sequence" in i.axes for i in self.inputs)
 
     @property
     def presents(self) -> list[str]:

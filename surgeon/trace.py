@@ -138,8 +138,10 @@ def _cached_dims(inputs: tuple[Input, ...]) -> dict[str, Any]:
 def _traceable(model: PreTrainedModel, cached: Sequence[str] | None) -> Iterator[None]:
     """Switch off what stops a trace (dropped layers, masked features, an unwanted cache) and restore it later."""
     configs = list({id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values())
-    wanted = {"use_cache": cached is not None, "layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+    wanted: dict[str, Any] = {"layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
     wanted |= {"apply_spec_augment": False}
+    if cached is None:
+        wanted["use_cache"] = False
     saved = [(c, k, getattr(c, k)) for c in configs for k in wanted if hasattr(c, k)]
     dropped = ("layerdrop", "drop_prob")
     attributes = [(m, k, getattr(m, k)) for m in model.modules() for k in dropped if hasattr(m, k)]

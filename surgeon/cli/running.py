@@ -36,6 +36,8 @@ def run(
     penalty: Annotated[float, typer.Option("--repetition-penalty", help="Above 1, repeat less.")] = 1.0,
     stop: Annotated[list[str], typer.Option("--stop", help="End before this string; may be given again.")] = [],  # noqa: B006
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of what is drawn.")] = 0,
+    beams: Annotated[int, typer.Option("--beams", min=1, help="Search so wide (encoder-decoders).")] = 1,
+    length_penalty: Annotated[float, typer.Option("--length-penalty", help="Above 1, beams like long texts.")] = 1.0,
     chat: Annotated[
         bool, typer.Option("--chat", help="Each text is a user's message in the base's chat form.")
     ] = False,
@@ -59,6 +61,8 @@ def run(
         "repetition_penalty": penalty,
         "stop": stop,
         "seed": seed,
+        "beams": beams,
+        "length_penalty": length_penalty,
         "drop": drop,
     }
     if json and stream:

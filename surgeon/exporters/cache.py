@@ -23,10 +23,11 @@ from surgeon.exporters.places import outside
 from surgeon.exporters.quantise import KEPT
 from surgeon.exporters.versions import tool_version, tool_versions
 from surgeon.graph_text import graph_text
+from surgeon.halves import Halves
 from surgeon.program import Program
 from surgeon.runtime.manifest import OUTSIDE, hash_file
 
-FILES = ("model.onnx", "model.onnx.data", "mixed.onnx")
+FILES = ("model.onnx", "model.onnx.data", "mixed.onnx", "encoder.onnx", "decoder.onnx")
 KEEP = 4
 
 
@@ -39,12 +40,14 @@ def export_cached(
     weights: str,
     modes: Sequence[str] = ("switch",),
     checkpoint: Checkpoint | None = None,
+    both: Halves | None = None,
 ) -> dict[str, Any]:
     """Put the ONNX models into `folder`, from the cache where it holds them; returns their facts for the manifest.
 
-    `outside` are, for each model, its tensors that lie in files of the `checkpoint`.
+    `outside` are, for each model, its tensors that lie in files of the `checkpoint`. `both` are the halves of an
+    encoder-decoder that generates, which stand beside the whole.
     """
-    entry = cache_folder() / cache_key(program, fingerprint, opset, weights, modes, checkpoint)
+    entry = cache_folder() / cache_key(program, fingerprint, opset, weights, modes, checkpoint, both)
     facts = _take(entry, folder)
     if facts is None:
         exporter = OnnxExporter(checkpoint)
@@ -54,6 +57,9 @@ def export_cached(
             model = exporter.export_mixed(program, folder, opset=opset, weights=weights)
             facts["mixed"] = _facts(model)["outputs"]
             facts["outside"]["mixed.onnx"] = outside(model)
+        if both is not None:
+            for name, model in exporter.export_halves(both, folder, opset=opset, weights=weights).items():
+                facts["outside"][name] = outside(model)
         _store(entry, folder, [name for name in FILES if (folder / name).exists()], facts)
     return facts
 
@@ -65,6 +71,7 @@ def cache_key(  # noqa: PLR0917 - all that a model depends on
     weights: str = "copy",
     modes: Sequence[str] = ("switch",),
     checkpoint: Checkpoint | None = None,
+    both: Halves | None = None,
 ) -> str:
     """Hash of all that the ONNX models depend on: base and its form, graph, free dimensions, opset and versions."""
     deltas = [
@@ -73,13 +80,14 @@ def cache_key(  # noqa: PLR0917 - all that a model depends on
     ]
     tools = {"modelsurgeon": tool_version("modelsurgeon")} | tool_versions()
     constants = {n: hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for n, t in program.constants.items()}
+    texts = [graph_text(p) for p in ((program,) if both is None else (program, both.encoder, both.decoder))]
     blocks = dict(program.quantised.forms) if weights in KEPT else {}
     files = None
     if checkpoint is not None:
         files = checkpoint.layout if weights in OUTSIDE else sorted(checkpoint.dtypes)
     weights = "outside" if weights in OUTSIDE else weights
     form = [blocks, program.shares_cache, opset, weights, sorted(modes), files]
-    parts = [fingerprint, graph_text(program), deltas, constants, form, tools]
+    parts = [fingerprint, texts, deltas, constants, form, tools]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from surgeon.exporters.places import DATA, HALVES, Held, held_by, key, outside, 
 from surgeon.exporters.quantise import quantised
 from surgeon.exporters.rotary import turned
 from surgeon.exporters.shared import shared
+from surgeon.halves import Halves
 from surgeon.ledger import Delta
 from surgeon.mixed import mixed
 from surgeon.module import copied
@@ -57,26 +58,45 @@ class OnnxExporter:
         _check(model, folder / "model.onnx")
         return model
 
+    def export_halves(
+        self, both: Halves, folder: Path, *, opset: int = 20, weights: str = "copy"
+    ) -> dict[str, ir.Model]:
+        """Convert encoder and decoder of a model that generates, and save them over the weights that `export` has
+        written. Each declares all deltas, so that one task file is for both.
+        """
+        models = {}
+        for name, half in (("encoder.onnx", both.encoder), ("decoder.onnx", both.decoder)):
+            models[name] = convert(half, opset, weights, [i.name for i in both.bridge])
+            self._beside(models[name], half, folder / name, weights)
+        return models
+
     def export_mixed(self, program: Program, folder: Path, *, opset: int = 20, weights: str = "copy") -> ir.Model:
         """Convert the graph whose rows have a task each, and save it over the weights that `export` has written.
 
         Raises CompositionError where rows cannot be told apart, and what `export` raises.
         """
         model = convert(mixed(program), opset, weights)
-        written = (v.const_value for v in ir.load(folder / "model.onnx").graph.initializers.values())
-        own = {key(t): t for t in written if isinstance(t, ir.ExternalTensor) and str(t.location) == DATA}
-        self._place(model, program, weights, {**(self._held if weights in OUTSIDE else {}), **own})
-        tensors = (value.const_value for value in model.graph.initializers.values())
-        again = sum(t.nbytes for t in tensors if t is not None and not isinstance(t, ir.ExternalTensor))
-        if again > LIMIT:
-            raise InvariantError(f"the mixed graph would hold {again} bytes of weights that the other does not")
-        ir.save(model, folder / "mixed.onnx")
-        _check(model, folder / "mixed.onnx")
+        self._beside(model, program, folder / "mixed.onnx", weights)
         return model
 
     @cached_property
     def _held(self) -> Held:
         return {} if self.checkpoint is None else held_by(self.checkpoint)
+
+    def _beside(self, model: ir.Model, program: Program, path: Path, weights: str) -> None:
+        """Save another graph over the weights of `model.onnx`.
+
+        Raises InvariantError where weights would be written twice.
+        """
+        written = (v.const_value for v in ir.load(path.with_name("model.onnx")).graph.initializers.values())
+        own = {key(t): t for t in written if isinstance(t, ir.ExternalTensor) and str(t.location) == DATA}
+        self._place(model, program, weights, {**(self._held if weights in OUTSIDE else {}), **own})
+        tensors = [v.const_value for name, v in model.graph.initializers.items() if name not in program.ledger.deltas]
+        again = sum(t.nbytes for t in tensors if t is not None and not isinstance(t, ir.ExternalTensor))
+        if again > LIMIT:
+            raise InvariantError(f"{path.name} would hold {again} bytes of weights that model.onnx does not")
+        ir.save(model, path)
+        _check(model, path)
 
     def _place(self, model: ir.Model, program: Program, weights: str, held: Held) -> None:
         """Find the places of weights; those of a checkpoint in half precision stay so, unless they are to be wider."""
@@ -101,8 +121,8 @@ def _check(model: ir.Model, path: Path) -> None:
     onnx.checker.check_model(written)
 
 
-def convert(program: Program, opset: int, weights: str = "copy") -> ir.Model:
-    """The program as an ONNX model in memory."""
+def convert(program: Program, opset: int, weights: str = "copy", outputs: Sequence[str] = ()) -> ir.Model:
+    """The program as an ONNX model in memory, with the `outputs` it has beside the usual ones."""
     deltas = program.ledger.deltas
     source = quantised(copied(program.graph_module), program, weights)
     if program.shares_cache:
@@ -111,7 +131,7 @@ def convert(program: Program, opset: int, weights: str = "copy") -> ir.Model:
     # Without gradients: attention of a mask that requires them is laid out in another way.
     with quiet(), torch.no_grad():
         try:
-            function = exported(program, source, (*OUTPUTS, *program.presents))
+            function = exported(program, source, (*OUTPUTS, *program.presents, *outputs))
             converted = torch.onnx.export(
                 function,
                 dynamo=True,

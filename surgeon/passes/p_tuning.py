@@ -92,7 +92,7 @@ class PTuning(Pass):
     def call(self, program: Program) -> PassResult:
         table, gaps = text_table(program), parse(self.template)
         self._check_read_out(program, gaps)
-        if gaps[1] and program.generates:
+        if gaps[1] and program.goes_on:
             raise CompositionError(
                 "p_tuning.template: what stands behind a text has no place in one that goes on",
                 try_="nothing after {text}",

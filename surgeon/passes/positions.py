@@ -112,8 +112,9 @@ class _Probe:
     def of(self, node: fx.Node) -> Tensor | None:
         """The value of `node`, or None where it needs weights that are not there."""
         needed = sorted(ancestors(node))
-        # Of a delta, such as a prompt that lengthens the text, only the sizes are read here.
-        if any(n.op != "get_attr" and isinstance(v := n.meta.get("val"), Tensor) and v.is_floating_point() for n in needed):
+        # Of a delta, such as a prompt that lengthens the text, and of a cache only the sizes are read here.
+        computed = (n.meta.get("val") for n in needed if n.op not in {"get_attr", "placeholder"})
+        if any(isinstance(value, Tensor) and value.is_floating_point() for value in computed):
             return None
         for n in needed:
             if n not in self.known:

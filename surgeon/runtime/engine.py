@@ -10,7 +10,7 @@ import onnxruntime
 
 from surgeon.errors import BuildError, shorten
 from surgeon.runtime.fields import REBUILD
-from surgeon.runtime.manifest import MIXED, MODEL, Delta, Manifest, Port, damaged, read_file
+from surgeon.runtime.manifest import ENCODER, MIXED, MODEL, Delta, Manifest, Port, damaged, read_file
 from surgeon.runtime.ort import ORT_ERRORS
 
 Fusions = Literal["all"] | Sequence[str]
@@ -30,9 +30,9 @@ def open_model(
     providers: Sequence[Provider] | None = None,
     verify: bool = True,
     fusions: Fusions = "all",
-    mixed: bool = False,
+    graph: str = MODEL,
 ) -> onnxruntime.InferenceSession:
-    """Load the model, or with `mixed` the graph of several tasks a batch, over the same weights.
+    """Load the model, or another graph over its weights.
 
     With `verify`, exactly the bytes that were hashed are used, weights included: ONNX Runtime would map the weights'
     file into memory, where a later change of it changes answers and a cut kills the process. A checkpoint outside of
@@ -42,7 +42,6 @@ def open_model(
     options.log_severity_level = ERROR_ONLY  # it warns once per delta, that a delta is not constant
     if threads is not None:
         options.intra_op_num_threads = threads
-    graph = MIXED if mixed else MODEL
     if graph not in manifest.files:
         raise damaged(build, [f"{graph} is not listed"])
     source: str | bytes = str(build / graph)
@@ -69,12 +68,28 @@ def open_model(
         ) from error
     session.mapped = mapped  # ONNX Runtime reads them as long as the session lives
     del weights  # alive until here: ONNX Runtime copies them while it builds the session
-    if mixed:
-        _compare(session, build, (*manifest.inputs, *PER_ROW), manifest.mixed, [*_banks(manifest)])
-    else:
-        cache = () if manifest.generation is None else tuple(tensor.past for tensor in manifest.generation.cache)
-        _compare(session, build, (*manifest.inputs, *cache), manifest.outputs, manifest.deltas)
+    _compare(session, build, *_ports(manifest, graph))
     return session
+
+
+def _ports(manifest: Manifest, graph: str) -> tuple[Sequence[Port], Sequence[Port], Sequence[Port | Delta]]:
+    """The inputs, outputs and deltas that the manifest lists for a graph."""
+    whole, generation = manifest.inputs, manifest.generation
+    if graph == MIXED:
+        return (*whole, *PER_ROW), manifest.mixed, [*_banks(manifest)]
+    if generation is None:
+        return whole, manifest.outputs, manifest.deltas
+    past, source = tuple(tensor.past for tensor in generation.cache), generation.source
+    if source is None:
+        return (*whole, *past), manifest.outputs, manifest.deltas
+    if graph == MODEL:
+        return whole, manifest.outputs, manifest.deltas
+    text = tuple(port for port in whole if port.name.startswith("decoder_"))
+    if graph == ENCODER:
+        return tuple(port for port in whole if port not in text), source.bridge, manifest.deltas
+    present = tuple(Port(tensor.present, tensor.past.dtype, tensor.past.axes) for tensor in generation.cache)
+    logits = tuple(port for port in manifest.outputs if port.name == "logits")
+    return (*text, *source.bridge, *past), (*logits, *present), manifest.deltas
 
 
 def _banks(manifest: Manifest) -> Iterator[Port]:

@@ -11,7 +11,8 @@ import numpy as np
 from onnxruntime import InferenceSession
 
 from surgeon.errors import BuildError
-from surgeon.runtime.manifest import Manifest
+from surgeon.runtime.generation import Pair
+from surgeon.runtime.manifest import DECODER, ENCODER, Manifest
 from surgeon.runtime.mixed import MixedGraph, open_mixed
 from surgeon.runtime.single import SingleGraph
 from surgeon.runtime.taskfile import Array
@@ -38,6 +39,8 @@ class Graphs:
     ) -> None:
         self._build, self._closed = build, False
         self._several: MixedGraph | None = None
+        self._pair: Pair | None = None
+        self._opening = partial(opening, build, manifest)
         self._lock = threading.Lock()
         self._opening_several = partial(open_mixed, build, manifest, private, opening, bounds)
         self._single: SingleGraph | None = None if mixed else SingleGraph(opening(build, manifest), manifest)
@@ -51,6 +54,16 @@ class Graphs:
         if self._single is None:
             raise BuildError("this session has the graph of several tasks a batch alone", where=str(self._build))
         return self._single
+
+    @property
+    def pair(self) -> Pair:
+        """Encoder and decoder of a build that writes texts with both, opened by the first text."""
+        self.check_open()
+        if self._pair is None:
+            with self._lock:
+                if self._pair is None:
+                    self._pair = Pair(self._opening(graph=ENCODER), self._opening(graph=DECODER))
+        return self._pair
 
     def open_several(self) -> MixedGraph:
         """The graph of several tasks a batch, opened if it is not. Raises SpecError where the build has none."""
@@ -86,7 +99,7 @@ class Graphs:
 
     def close(self) -> None:
         """Let go of the model; runs under way keep it to their end."""
-        self._closed, self._single, self._several = True, None, None
+        self._closed, self._single, self._several, self._pair = True, None, None, None
 
     def check_open(self) -> None:
         """Raise BuildError where the session is closed."""

@@ -23,6 +23,8 @@ MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 MIXED = "mixed.onnx"
 """The graph whose rows have a task each, over the weights of the other."""
+ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
+"""The graphs of an encoder-decoder that writes texts, over the weights of the whole model."""
 NO_TASK = "base.onnx_adapter"
 """What the deltas of a row without a task are."""
 TOKENIZER = "tokenizer.json"
@@ -125,6 +127,31 @@ class Cached:
 
 
 @dataclass(frozen=True)
+class Rules:
+    """What the base asks of every text: a token forced to be the first, or the last where a text is cut; tokens that
+    are never written; tokens at `least` before an end; and no sequence of `ngram` tokens twice (0: as many as come).
+    """
+
+    first: int | None
+    last: int | None
+    banned: tuple[int, ...]
+    least: int
+    ngram: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """How an encoder-decoder writes: what its encoder gives to the decoder, and the token that a text starts with.
+
+    The bridge is the mask over the source's columns, then keys and values, layer after layer.
+    """
+
+    bridge: tuple[Port, ...]
+    start: int
+    rules: Rules
+
+
+@dataclass(frozen=True)
 class Generation:
     """How a build writes texts: its cache, and the tokens that end a text."""
 
@@ -134,6 +161,8 @@ class Generation:
     """Special tokens that a chat template may name, as `bos_token`."""
     shared: bool = False
     """Whether past and present may be the same memory: each row's new columns are then written behind its own."""
+    source: Source | None = None
+    """None where a decoder alone goes on with a prompt."""
 
 
 @dataclass(frozen=True)
@@ -359,7 +388,26 @@ def _generation(item: Fields) -> Generation:
     )
     tokens = item.get("tokens", dict)
     named = MappingProxyType({name: str(token) for name, token in tokens.items()})
-    return Generation(cache, frozenset(ends), named, shared=item.optional("shared", bool) or False)
+    shared, source = item.optional("shared", bool) or False, None if item.doc.get("bridge") is None else _source(item)
+    return Generation(cache, frozenset(ends), named, shared=shared, source=source)
+
+
+def _source(item: Fields) -> Source:
+    rules = item.fields("rules")
+    banned = rules.get("banned", list)
+    if not all(isinstance(token, int) for token in banned):
+        raise rules.fault("banned", "a list of token ids")
+    return Source(
+        bridge=tuple(_port(port) for port in item.items("bridge")),
+        start=item.get("start", int),
+        rules=Rules(
+            first=rules.optional("first", int),
+            last=rules.optional("last", int),
+            banned=tuple(banned),
+            least=rules.get("least", int),
+            ngram=rules.get("ngram", int),
+        ),
+    )
 
 
 def _external(top: Fields) -> tuple[str, ...]:

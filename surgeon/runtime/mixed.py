@@ -139,4 +139,4 @@ def open_mixed(
         check_task(manifest, base, str(path))
     finally:
         copy.unlink(missing_ok=True)
-    return MixedGraph(opening(build, manifest, mixed=True), manifest, base, Bank(manifest, base, *bounds))
+    return MixedGraph(opening(build, manifest, graph=MIXED), manifest, base, Bank(manifest, base, *bounds))

@@ -12,7 +12,17 @@ from surgeon.errors import DataError, SpecError
 from surgeon.runtime.answers import Answer, answers, by_length
 from surgeon.runtime.engine import Fusions, Provider, open_model
 from surgeon.runtime.feeds import SEQUENCE, complete
-from surgeon.runtime.generation import Listener, Prompt, Written, ask, check_counts, choice, write
+from surgeon.runtime.generation import (
+    Listener,
+    Prompt,
+    Written,
+    ask,
+    check_beams,
+    check_counts,
+    choice,
+    write,
+    write_from,
+)
 from surgeon.runtime.graphs import Graphs
 from surgeon.runtime.manifest import MODEL, Manifest, check_files, read_manifest
 from surgeon.runtime.mixed import PerRow, rows_of
@@ -236,8 +246,11 @@ class Session:
         stream: Listener | None = None,
         batch: int = 8,
         drop: int = 0,
+        beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool = False,
     ) -> list[Written]:
-        """What the model writes after each prompt, by a build with `generate: true`.
+        """What the model writes after each prompt, or of each source, by a build with `generate: true`.
 
         A prompt is a text, token ids, or a conversation: messages with a `role` and a `content`, to which the base's
         own template gives its form.
@@ -247,6 +260,10 @@ class Session:
         ends at the model's own end, before a `stop` string, after `max_new_tokens`, or where the base has no positions
         left. `stream(i, piece)` is called as row i goes on. `batch` rows go on together; one that ends gives its place
         to the next. `drop` is as in `run`.
+
+        To an encoder-decoder a prompt is its source, and `batch` texts end before the next begin. With `beams` it
+        searches for the text with the highest sum of log probabilities over length**`length_penalty`;
+        `early_stopping` ends the search as soon as so many texts have ended.
         """
         active = self._table.find(task, drop)
         chosen = choice(temperature, top_k, top_p, repetition_penalty)
@@ -254,18 +271,26 @@ class Session:
         generation = self._manifest.generation
         if generation is None:
             raise SpecError("this build does not write texts", try_="compile it with `export: {generate: true}`")
+        source, drawn = generation.source, temperature > 0
+        search = check_beams(
+            beams, length_penalty, early_stopping, drawn=drawn, stop=stops, stream=stream, decoder=source is None
+        )
         rows = ask(
             prompts,
             self._reader,
             room=self._manifest.base.max_length,
             taken=self._most([active], SEQUENCE),
+            start=None if source is None else (source.start, self._most([active], f"decoder_{SEQUENCE}")),
             limit=max_new_tokens,
             seed=seed,
             stop=stops,
             stream=stream,
         )
         deltas = {} if active is None else active.values()
-        write(rows, self._graphs.single.session, self._manifest, generation, deltas, choice=chosen, batch=batch)
+        if source is None:
+            write(rows, self._graphs.single.session, self._manifest, generation, deltas, choice=chosen, batch=batch)
+        else:
+            write_from(rows, self._graphs.pair, generation, deltas, choice=chosen, beams=search, batch=batch)
         return [row.written for row in rows]
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ class SingleGraph:
     def __init__(self, session: InferenceSession, manifest: Manifest) -> None:
         self.session = session
         generation = manifest.generation
-        self._cache = () if generation is None else generation.cache
+        self._cache = () if generation is None or generation.source is not None else generation.cache
         self._shared = generation is not None and generation.shared
         inside = {tensor.present for tensor in self._cache}
         self._outputs = [port.name for port in manifest.outputs if port.name not in inside]

@@ -168,7 +168,7 @@ class ExportSpec(Part):
     generate: StrictBool = Field(
         default=False,
         description="Write texts: the ONNX model takes and gives the cache of earlier tokens' keys and values, and "
-        "answers for the last token alone.",
+        "answers for the last token alone. An encoder-decoder gets graphs of its two halves beside the whole.",
     )
 
     cache: Literal["auto", "grown"] = Field(

@@ -27,6 +27,7 @@ def ask(
     *,
     room: int | None,
     taken: int,
+    start: tuple[int, int] | None = None,
     limit: int,
     seed: int,
     stop: Sequence[str],
@@ -34,7 +35,9 @@ def ask(
 ) -> list[Row]:
     """A row for each prompt. Raises DataError for what is no prompt, is empty or too long.
 
-    The base has `room` positions, of which the task's own tokens take some; the last token written needs none.
+    The base has `room` positions, of which the task's own tokens take some; the last token written needs none. To an
+    encoder-decoder a prompt is a source: a text of its own begins with the token `start` names, and the task takes as
+    many of its positions as it says.
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise DataError("prompts are a list", try_="one prompt is a list of one")
@@ -46,10 +49,12 @@ def ask(
     for number, prompt in enumerate(prompts):
         ids = _read(prompt, number, tokenizer, chat)
         _check(ids, number, room, taken)
-        most = limit if room is None else min(limit, room - taken - len(ids) + 1)
+        begun, before = (ids, taken) if start is None else ([start[0]], start[1])
+        most = limit if room is None else min(limit, room - before - len(begun) + 1)
         say = None if stream is None else partial(stream, number)
         voice = None if tokenizer is None else Voice(tokenizer, stop, say)
-        rows.append(Row(number, ids, most, np.random.default_rng(seed + number), voice))
+        source = () if start is None else ids
+        rows.append(Row(number, begun, most, np.random.default_rng(seed + number), voice, source))
     return rows
 
 

@@ -23,15 +23,18 @@ class Choice:
 
     def next(self, logits: Array, before: Sequence[int], rng: np.random.Generator) -> int:
         """The token after `before`, from its logits `[vocabulary]`."""
-        scores = self._penalised(logits.astype(np.float64), before)
+        scores = self.penalised(logits.astype(np.float64), before)
         if self.temperature == 0:
             return int(scores.argmax())
         shares = self._shares(scores)
         # Of the last that has a share: the sum may be a rounding below 1.
         return int(min(np.searchsorted(shares.cumsum(), rng.random(), side="right"), shares.nonzero()[0][-1]))
 
-    def _penalised(self, scores: Array, before: Sequence[int]) -> Array:
-        """Keskar et al., "CTRL" (arXiv:1909.05858), section 4.1: tokens that occurred already get smaller logits."""
+    def penalised(self, scores: Array, before: Sequence[int]) -> Array:
+        """The scores, of which those of earlier tokens are made smaller in place.
+
+        Keskar et al., "CTRL" (arXiv:1909.05858), section 4.1.
+        """
         if self.repetition_penalty != 1:
             seen = np.unique(np.asarray(before))
             scores[seen] *= np.where(scores[seen] < 0, self.repetition_penalty, 1 / self.repetition_penalty)

@@ -32,13 +32,14 @@ class Written:
 
 @dataclass
 class Row:
-    """A row of a batch: a prompt's tokens, and those written so far."""
+    """A row of a batch: a prompt's tokens, and those written so far; an encoder-decoder's has a source beside."""
 
     number: int
     prompt: Sequence[int]
     limit: int
     rng: np.random.Generator
     voice: Voice | None = None
+    source: Sequence[int] = ()
     tokens: list[int] = field(default_factory=list)
     reason: Reason | None = None
 
