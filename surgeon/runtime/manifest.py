@@ -196,6 +196,11 @@ class Manifest:
         """Whether the ONNX model computes another base than the one that is trained on."""
         return self.weights in APPROXIMATE
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether the model goes on with a text from a cache, and so answers for the last token alone."""
+        return self.generation is not None and self.generation.source is None
+
     def taken(self, sizes: Mapping[str, int], axis: str) -> int:
         """How many positions of an input's axis a task of these sizes takes for tokens of its own."""
         return sum(sizes.get(symbol, 0) for symbol, of in self.positions.items() if of == axis)

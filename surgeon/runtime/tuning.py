@@ -33,7 +33,7 @@ def faster_without(
     their medians decide.
     """
     feed = {port.name: _sample(port, shape) for port in manifest.inputs}
-    if manifest.generation is not None:
+    if manifest.goes_on and manifest.generation is not None:
         feed |= {
             t.past.name: np.zeros(t.shape(batch=shape[0], past=0), t.past.dtype) for t in manifest.generation.cache
         }
