@@ -104,7 +104,7 @@ def test_a_stop_answers_what_was_taken_in(served_build: Path, tmp_path: Path) ->
     """SIGTERM while requests wait: every one is answered, and later ones find nobody. torch was never there."""
     code = (
         "import sys; from surgeon.server.run import serve; from surgeon.server.limits import Limits; "
-        f"serve({str(served_build)!r}, port=0, threads=1, limits=Limits(wait=20.0)); "
+        f"serve({str(served_build)!r}, port=0, threads=1, limits=Limits(wait=1.0)); "
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -121,8 +121,7 @@ def test_a_stop_answers_what_was_taken_in(served_build: Path, tmp_path: Path) ->
             time.sleep(0.05)
     with ThreadPoolExecutor(6) as pool:
         waiting = [pool.submit(live.ask, "topic", "good") for _ in range(6)]
-        while live.call("GET", "/status").json["load"]["waiting"] < 6:  # they are in, and wait for others
-            time.sleep(0.02)
+        time.sleep(0.5)  # they are in, and wait for others
         process.send_signal(signal.SIGTERM)
         assert [future.result().status for future in waiting] == [200] * 6
     out, err = process.communicate(timeout=20)
