@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from surgeon.base.configuration import FOREIGN
@@ -135,6 +135,8 @@ def _core(model: PreTrainedModel) -> set[str]:
     if prefix and isinstance(getattr(model, prefix, None), torch.nn.Module):
         return {name for name, _ in model.named_parameters() if name.startswith(f"{prefix}.")}
     own = {name for name, _ in model.named_parameters()}
+    if type(model.config) not in MODEL_MAPPING:  # a class of the folder's own code: nothing says what its head is
+        return own
     auto: Any = AutoModel
     with torch.device("meta"):
         bare = auto.from_config(model.config)
