@@ -139,7 +139,7 @@ def _meets_columns(node: fx.Node, operand: fx.Node, site: Attention) -> bool:
 
 def _neutral(node: fx.Node, operand: fx.Node) -> Columns:
     """What leaves a score as it is at `node`, and (in units of the largest number) what closes it."""
-    name = str(node.target).split(".")[1].rstrip("_")
+    name = _name(node).rstrip("_")
     if node.target is torch.ops.aten.baddbmm.default or name in ("add", "sub"):
         return 0.0, 1.0 if name == "sub" and node.args[1] is operand else -1.0
     if name in ("mul", "div"):
@@ -155,6 +155,12 @@ def _neutral(node: fx.Node, operand: fx.Node) -> Columns:
     )
 
 
+def _name(node: fx.Node) -> str:
+    """The operator without namespace and overload; of what is none, as `getitem`, the function's own name."""
+    schema = getattr(node.target, "_schema", None)
+    return str(schema.name).split("::")[1] if schema else str(getattr(node.target, "__name__", node.target))
+
+
 def _is_scores(node: fx.Node, position: int) -> bool:
     """The operand at `position` is as wide as the result, not a fill value."""
     operand = node.args[position]
@@ -163,7 +169,7 @@ def _is_scores(node: fx.Node, position: int) -> bool:
 
 def _free_size(program: Program, node: fx.Node, keys: int | torch.SymInt) -> None:
     """Let a `view` on the path take the key axis as it is now, grown."""
-    if str(node.target).split(".")[1] not in ("view", "reshape", "_unsafe_view"):
+    if _name(node) not in ("view", "reshape", "_unsafe_view"):
         return
     source, sizes = node.args[0], list(node.args[1])  # type: ignore[arg-type]
     last = sizes[-1].meta["val"] if isinstance(sizes[-1], fx.Node) else sizes[-1]
