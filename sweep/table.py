@@ -22,18 +22,19 @@ Written by `make architectures`. No family is named in Surgeon's code: what a mo
 Each row is a tiny random model of a family of the installed transformers, its configuration shrunk from the family's
 own defaults by rules that name no family (`sweep/shrinking.py`), with one head. It goes through
 
-1. **trace** with dynamic batch and sequence, and **anatomy**, held against an oracle that knows no names
-   (`sweep/oracle.py`): one mixing sublayer for each layer of the configuration, a whole number of feed-forwards, in
-   encoder and decoder; query, key, value and output as wide as heads × head size; each sublayer taken out at its join
-   against the model itself with that sublayer's last weights at zero; and PEFT's own default targets, where it has
-   the family;
+1. **trace** with dynamic batch and sequence (an image has a size), and **anatomy**, held against an oracle that
+   knows no names (`sweep/oracle.py`): one mixing sublayer for each layer of the configuration, a whole number of
+   feed-forwards, in encoder and decoder; query, key, value and output as wide as heads × head size; each sublayer
+   taken out at its join against the model itself with that sublayer's last weights at zero; and PEFT's own default
+   targets, where it has the family;
 2. **surgery**: LoRA on query and value, BitFit where there are biases, adapters at all joins, prefixes where there is
    attention, in one graph. A fresh task must be the base (with prefixes of no length), moved deltas another model;
 3. **ONNX Runtime** against PyTorch, the task and the base, at {shapes}, padded, to 1e-4 of the largest logit.
 
 `✓` works, `–` there is nothing for it in this model, `✗` does not: the cause is in the last column, one line, the first
 where there are several. `?` was not reached. A cause that starts with `trace` or `export` is what torch.export or the
-exporter said; `build` means that no rung of the ladder of tiny sizes makes a model that answers to `input_ids` alone.
+exporter said; `build` means that no rung of the ladder of tiny sizes makes a model that answers to the inputs of
+`surgeon/inputs.py` alone: ids, an image or a sound.
 """
 
 
