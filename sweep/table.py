@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -87,7 +88,7 @@ def _row(row: Result) -> list[str]:
         _mark(row.get("faults")),
         *(_mark(said.get(name)) for name in TECHNIQUES),
         _mark(row.get("export")),
-        str(row.get("cause", "")).replace("|", "\\|")[:200],
+        re.sub(r"([|\[\]])", r"\\\1", str(row.get("cause", ""))[:200]),
     ]
 
 
