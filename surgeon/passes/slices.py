@@ -18,6 +18,10 @@ def scatter(site: Projection, width: int | None = None) -> Callable[[Tensor], Te
     first, last = own[0], own[-1]
     if own == tuple(range(first, last + 1)):
         return lambda t: torch.nn.functional.pad(t, (first, width - 1 - last))
+    if heads := _heads(own, width):
+        count, period, first, length = heads
+        ends = (first, period - first - length)
+        return lambda t: torch.nn.functional.pad(torch.unflatten(t, -1, (count, length)), ends).flatten(-2)
     position = {feature: i for i, feature in enumerate(own)}
     blocks = _runs([position.get(f, -1) for f in range(width)])
 
@@ -33,7 +37,12 @@ def scatter(site: Projection, width: int | None = None) -> Callable[[Tensor], Te
 
 def gather(site: Projection) -> Callable[[Tensor], Tensor]:
     """Take a role's features `[..., len(features)]` out of as many columns as any projection has, or more."""
-    runs = _runs(list(site.features or range(site.out_features)))
+    own = site.features or tuple(range(site.out_features))
+    if heads := _heads(own, fused_width(site)):
+        count, period, first, length = heads
+        width = count * period
+        return lambda t: torch.unflatten(t.narrow(-1, 0, width), -1, (count, period)).narrow(-1, first, length).flatten(-2)
+    runs = _runs(list(own))
 
     def taken(t: Tensor) -> Tensor:
         pieces = [t.narrow(-1, start, length) for start, length in runs]
@@ -46,6 +55,19 @@ def fused_width(site: Projection) -> int:
     """Output features of the whole fused projection."""
     shape = site.weight_node.meta["val"].shape
     return int(shape[1] if site.in_first else shape[0])
+
+
+def _heads(own: tuple[int, ...], width: int) -> tuple[int, int, int, int] | None:
+    """Features that lie alike in every head, as (heads, width of one, first, how many); None if they do not.
+
+    A projection of 128 heads would else be spread by as many slices.
+    """
+    runs = _runs(list(own))
+    first, length = runs[0]
+    period = runs[1][0] - first if len(runs) > 1 else width
+    alike = runs == [(first + i * period, length) for i in range(len(runs))]
+    whole = len(runs) * period == width and first + length <= period
+    return (len(runs), period, first, length) if alike and whole and len(runs) > 1 else None
 
 
 def _runs(sources: list[int]) -> list[tuple[int, int]]:
