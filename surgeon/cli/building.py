@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from surgeon.cli.screen import Json, emit, say, size, steps, table
-from surgeon.runtime.manifest import OUTSIDE
 
 Build = Annotated[Path, typer.Argument(help="The directory that `surgeon compile` wrote.")]
 Task = Annotated[str, typer.Option("--task", "-t", help="The task, as the spec names it.")]
@@ -75,6 +74,7 @@ def verify(
     Example: `surgeon verify build`
     """
     from surgeon.audit import audit
+    from surgeon.runtime.manifest import OUTSIDE
 
     with steps(silent=json) as progress:
         found = audit(build, compare=torch, progress=progress)

@@ -10,7 +10,6 @@ import typer
 
 from surgeon.cli.screen import Json, emit, note, say, size, steps, table
 from surgeon.errors import DataError
-from surgeon.runtime.manifest import FEWER
 
 if TYPE_CHECKING:
     from surgeon.plan import Plan
@@ -75,6 +74,7 @@ def plan(
     Sizes are those of one task with as many labels as the base's head has. Example: `surgeon plan spec.yaml`
     """
     from surgeon.compiler import compile
+    from surgeon.runtime.manifest import FEWER
 
     with steps(silent=json) as progress:
         compiled = compile(spec, weights=False, progress=progress)
