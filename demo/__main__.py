@@ -26,7 +26,8 @@ from demo.data import prepare
 from surgeon import __version__, load
 from surgeon.errors import SurgeonError
 from surgeon.picture import picture
-from surgeon.runtime.manifest import check_files, hash_file, read_manifest
+from surgeon.runtime.document import read_manifest
+from surgeon.runtime.files import check_files, hash_file
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 SPEC = Path(os.path.relpath(HERE.parent / "specs" / "demo.yaml"))

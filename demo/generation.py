@@ -26,7 +26,8 @@ from demo.data import prepare as sentences
 from demo.formats import SIZES, SOURCES, prepare
 from surgeon import __version__
 from surgeon.errors import SurgeonError
-from surgeon.runtime.manifest import check_files, hash_file, read_manifest
+from surgeon.runtime.document import read_manifest
+from surgeon.runtime.files import check_files, hash_file
 from surgeon.train import Completion, TaskRows, TrainOptions, train_tasks
 
 FOLDER = OUT / "generation"

@@ -12,7 +12,7 @@ import numpy as np
 
 from surgeon.errors import BuildError
 from surgeon.runtime import Manifest, Session
-from surgeon.runtime.manifest import check_files
+from surgeon.runtime.files import check_files
 
 if TYPE_CHECKING:
     from surgeon.compiler import Compiled

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +15,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from surgeon.base import Base, Checkpoint, write_base
+from surgeon.base import Checkpoint, write_base
 from surgeon.base.talking import chat_template
+from surgeon.contents import Contents, describe
 from surgeon.errors import BuildError, DeltaError, SpecError
 from surgeon.exporters.cache import export_cached
 from surgeon.exporters.genai import GENAI, genai_config, not_carried
-from surgeon.exporters.generation import generation
-from surgeon.exporters.versions import tool_version, tool_versions
 from surgeon.graph_text import graph_text
-from surgeon.halves import Halves
 from surgeon.inputs import vocabulary
 from surgeon.model import TaskModel
-from surgeon.plan import base_bytes
-from surgeon.program import Program
-from surgeon.runtime.manifest import (
-    FORMAT,
-    MANIFEST,
-    MODEL,
-    NO_TASK,
-    OUTSIDE,
-    TEMPLATE,
-    TOKENIZER,
-    hash_file,
-    read_manifest,
-    seal,
-)
+from surgeon.runtime.document import read_manifest, seal
+from surgeon.runtime.files import hash_file
+from surgeon.runtime.manifest import MANIFEST, MODEL, NO_TASK, OUTSIDE, TEMPLATE, TOKENIZER
 from surgeon.runtime.taskfile import write_adapter
-from surgeon.spec import Spec
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 BASE = "base"
@@ -79,33 +64,6 @@ def _partial(out: Path) -> Iterator[Path]:
         raise BuildError(f"the build could not be written: {_reason(error)}", where=str(out)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a build is written from."""
-
-    spec: Spec
-    base: Base
-    whole: Program
-    models: Mapping[str, TaskModel]
-    served: Program | Halves | None = None
-    """What writes texts: a decoder's program, exported in place of the `whole`, or the halves of an encoder-decoder."""
-
-    @property
-    def program(self) -> Program:
-        """What `model.onnx` is made from."""
-        return self.served if isinstance(self.served, Program) else self.whole
-
-    @property
-    def halves(self) -> Halves | None:
-        """What stands beside it."""
-        return self.served if isinstance(self.served, Halves) else None
-
-    @property
-    def generation(self) -> dict[str, Any] | None:
-        """How texts are written, if they are."""
-        return None if self.served is None else generation(self.base, self.served)
 
 
 def write_build(contents: Contents, out: Path, report: Callable[[str], None]) -> Path:
@@ -149,7 +107,7 @@ def write_build(contents: Contents, out: Path, report: Callable[[str], None]) ->
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         named = {str(p.relative_to(folder)): {"sha256": hash_file(p), "bytes": p.stat().st_size} for p in files}
         inner = {tensor["file"] for tensors in elsewhere.values() for tensor in tensors.values()} & named.keys()
-        document = _document(contents, facts) | {
+        document = describe(contents, facts) | {
             "files": named,
             "external": sorted({name for name in named if name.startswith(f"{MODEL}.")} | inner),
             "checkpoint": outer,
@@ -283,74 +241,6 @@ def _write_task(folder: Path, task: str, model: TaskModel, fingerprint: str) -> 
 
 def _reason(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error)
-
-
-def _document(contents: Contents, facts: Mapping[str, Any]) -> dict[str, Any]:
-    base, program = contents.base, contents.program
-    return {
-        "format": FORMAT,
-        "surgeon": tool_version("modelsurgeon"),
-        "base": {
-            "source": base.source,
-            "architecture": type(base.model).__name__,
-            "head": base.head,
-            "fingerprint": program.fingerprint,
-            "parameters": sum(p.numel() for p in base.model.parameters()),
-            "max_length": base.max_length,
-            "labels": _own_labels(base),
-            "bytes": base_bytes(program),
-            "stored": {entry.name: entry.form for entry in program.stored.values()},
-            "drift": program.drift,
-        },
-        "weights": contents.spec.export.weights,
-        "modes": list(contents.spec.export.modes),
-        "inputs": [
-            {
-                "name": i.name,
-                "dtype": str(i.dtype).removeprefix("torch."),
-                "axes": [_alone(axis) for axis in i.axes],
-                "fill": i.fill,
-            }
-            for i in program.inputs
-            if not i.cached
-        ],
-        "deltas": [
-            {
-                "name": d.name,
-                "shape": list(d.shape),
-                "free": {str(axis): symbol for axis, symbol in d.free.items()},
-                "dtype": str(d.dtype).removeprefix("torch."),
-                "technique": d.technique,
-                "site": d.site,
-                "part": d.part,
-                "role": d.role,
-                "stack": d.stack,
-                "layer": d.layer,
-                "optional": d.optional,
-                "droppable": d.droppable,
-                "least": {str(axis): size for axis, size in d.least.items()},
-                "padding": d.padding,
-                "once": d.once,
-            }
-            for d in program.ledger.deltas.values()
-        ],
-        "positions": dict(program.ledger.positions),
-        "counted": dict(program.counted),
-        "generation": contents.generation,
-        "tools": tool_versions(),
-        **facts,
-    }
-
-
-def _own_labels(base: Base) -> list[str] | None:
-    """Names of the classes of the base's own head, where it classifies and they have names."""
-    names = [*(base.model.config.id2label or {}).values()] if base.head == "sequence-classification" else []
-    return None if not names or all(name.startswith("LABEL_") for name in names) else names
-
-
-def _alone(axis: str | int) -> str | int:
-    """An axis as a caller sees it who gives a whole text, without a past."""
-    return axis.removeprefix("past+") if isinstance(axis, str) else axis
 
 
 def _write_manifest(folder: Path, document: Mapping[str, Any]) -> None:

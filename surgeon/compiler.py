@@ -11,7 +11,8 @@ from torch import fx
 
 from surgeon.anatomy import find
 from surgeon.base import Base, load_base, open_base
-from surgeon.build import BASE, Contents, check_writable, pack_tasks, write_build
+from surgeon.build import BASE, check_writable, pack_tasks, write_build
+from surgeon.contents import Contents
 from surgeon.errors import BuildError, DeltaError, InvariantError, SpecError, did_you_mean
 from surgeon.exporters.generation import generation
 from surgeon.exporters.quantise import check_weights, products
@@ -26,7 +27,9 @@ from surgeon.pipeline import run_passes
 from surgeon.plan import Plan, plan
 from surgeon.program import Program
 from surgeon.registry import technique
-from surgeon.runtime.manifest import OUTSIDE, Task, hash_file, read_manifest
+from surgeon.runtime.document import read_manifest
+from surgeon.runtime.files import hash_file
+from surgeon.runtime.manifest import OUTSIDE, Task
 from surgeon.spec import BaseSpec, HeadName, Spec, read_spec
 from surgeon.trace import LONGEST, trace
 from surgeon.weights import read_weights

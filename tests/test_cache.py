@@ -6,7 +6,7 @@ from pathlib import Path
 
 import surgeon
 from surgeon.exporters import cache
-from surgeon.runtime.manifest import hash_file
+from surgeon.runtime.files import hash_file
 
 
 def _spec(rank: int) -> dict[str, object]:

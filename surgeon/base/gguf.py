@@ -29,7 +29,7 @@ from surgeon.base.heads import auto_class
 from surgeon.base.loading import quiet
 from surgeon.blocks import EXACT, Blocks, Quantised, read_blocks, write_quantised
 from surgeon.errors import BaseError, SpecError
-from surgeon.runtime.manifest import hash_file
+from surgeon.runtime.files import hash_file
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"

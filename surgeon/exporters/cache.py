@@ -25,7 +25,8 @@ from surgeon.exporters.versions import tool_version, tool_versions
 from surgeon.graph_text import graph_text
 from surgeon.halves import Halves
 from surgeon.program import Program
-from surgeon.runtime.manifest import OUTSIDE, hash_file
+from surgeon.runtime.files import hash_file
+from surgeon.runtime.manifest import OUTSIDE
 
 FILES = ("model.onnx", "model.onnx.data", "mixed.onnx", "encoder.onnx", "decoder.onnx")
 KEEP = 4

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from surgeon.anatomy import Join
 from surgeon.errors import BuildError, DeltaError, SpecError, did_you_mean, shorten
-from surgeon.runtime.manifest import Manifest, check_files, hash_file, read_manifest
+from surgeon.runtime.document import read_manifest
+from surgeon.runtime.files import check_files, hash_file
+from surgeon.runtime.manifest import Manifest
 from surgeon.weights import read_weights
 
 SUFFIX = ".safetensors"

@@ -10,7 +10,8 @@ import onnxruntime
 
 from surgeon.errors import BuildError, shorten
 from surgeon.runtime.fields import REBUILD
-from surgeon.runtime.manifest import ENCODER, MIXED, MODEL, Delta, Manifest, Port, damaged, read_file
+from surgeon.runtime.files import damaged, read_file
+from surgeon.runtime.manifest import ENCODER, MIXED, MODEL, Delta, Manifest, Port
 from surgeon.runtime.ort import ORT_ERRORS
 
 Fusions = Literal["all"] | Sequence[str]

@@ -12,8 +12,9 @@ from onnxruntime import InferenceSession, RunOptions
 from surgeon.errors import DataError, SpecError, shorten
 from surgeon.runtime.bank import Bank
 from surgeon.runtime.engine import WARNING
+from surgeon.runtime.files import read_file
 from surgeon.runtime.fit import LABELS, check_task, columns
-from surgeon.runtime.manifest import MIXED, NO_TASK, Manifest, read_file
+from surgeon.runtime.manifest import MIXED, NO_TASK, Manifest
 from surgeon.runtime.ort import ORT_ERRORS
 from surgeon.runtime.single import refused
 from surgeon.runtime.taskfile import Array, parse_adapter, private_copy

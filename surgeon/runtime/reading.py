@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgeon.errors import BuildError
+from surgeon.runtime.files import read_file
 from surgeon.runtime.generation.chat import Chat
-from surgeon.runtime.manifest import TEMPLATE, TOKENIZER, Manifest, read_file
+from surgeon.runtime.manifest import TEMPLATE, TOKENIZER, Manifest
 from surgeon.runtime.taskfile import Array
 from surgeon.runtime.text import Text, Texts, read_texts
 

@@ -10,8 +10,10 @@ from typing import Any, Self, overload
 
 from surgeon.errors import DataError, SpecError
 from surgeon.runtime.answers import Answer, answers, by_length
+from surgeon.runtime.document import read_manifest
 from surgeon.runtime.engine import Fusions, Provider, open_model
 from surgeon.runtime.feeds import SEQUENCE, complete
+from surgeon.runtime.files import check_files
 from surgeon.runtime.generation import (
     Listener,
     Prompt,
@@ -24,7 +26,7 @@ from surgeon.runtime.generation import (
     write_from,
 )
 from surgeon.runtime.graphs import Graphs
-from surgeon.runtime.manifest import MODEL, Manifest, check_files, read_manifest
+from surgeon.runtime.manifest import MODEL, Manifest
 from surgeon.runtime.mixed import PerRow, rows_of
 from surgeon.runtime.reading import Reader
 from surgeon.runtime.store import TaskStore

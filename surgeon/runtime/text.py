@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from surgeon.errors import BuildError, DataError
-from surgeon.runtime.manifest import TOKENIZER, Manifest, Port, read_file
+from surgeon.runtime.files import read_file
+from surgeon.runtime.manifest import TOKENIZER, Manifest, Port
 from surgeon.runtime.taskfile import Array
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ import numpy as np
 
 from surgeon.errors import BuildError, SpecError
 from surgeon.runtime import Manifest, Session, read_manifest
-from surgeon.runtime.manifest import TOKENIZER, check_files
+from surgeon.runtime.files import check_files
+from surgeon.runtime.manifest import TOKENIZER
 from surgeon.runtime.tasks import check_name
 from surgeon.server.answering import BASE, LABEL, SCORE, TEXT, Answering, classifies
 from surgeon.server.faults import message_of

@@ -17,7 +17,7 @@ from surgeon.compiler import load
 from surgeon.errors import SpecError, did_you_mean
 from surgeon.ledger import initial
 from surgeon.model import TaskModel
-from surgeon.runtime.manifest import read_manifest
+from surgeon.runtime.document import read_manifest
 from surgeon.train.batches import load_tokenizer
 from surgeon.train.checkpoint import clear_checkpoints, newest_checkpoint
 from surgeon.train.joint import Joint

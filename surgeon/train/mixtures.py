@@ -17,7 +17,7 @@ from torch import Tensor
 from surgeon.compiler import load
 from surgeon.errors import DeltaError, SpecError, did_you_mean
 from surgeon.probes import Probe
-from surgeon.runtime.manifest import read_manifest
+from surgeon.runtime.document import read_manifest
 from surgeon.train.batches import by_length, load_tokenizer
 from surgeon.train.kinds import Classes, room
 from surgeon.train.rows import Row, read_texts

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from surgeon.runtime.manifest import canonical_hash
+from surgeon.runtime.document import canonical_hash
 
 
 def flip(path):

@@ -18,7 +18,8 @@ import safetensors.numpy
 from onnx import numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from surgeon.runtime.manifest import hash_file, seal
+from surgeon.runtime.document import seal
+from surgeon.runtime.files import hash_file
 from surgeon.runtime.taskfile import write_adapter
 
 VOCABULARY, WIDTH = 32, 8

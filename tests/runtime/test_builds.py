@@ -12,7 +12,8 @@ import pytest
 
 from surgeon.errors import BuildError, DeltaError, SurgeonError
 from surgeon.runtime import Session, read_manifest
-from surgeon.runtime.manifest import canonical_hash, check_files, hash_file, seal
+from surgeon.runtime.document import canonical_hash, seal
+from surgeon.runtime.files import check_files, hash_file
 
 
 def refused(build, match, kind=BuildError):

@@ -19,7 +19,7 @@ import surgeon
 from surgeon.audit import audit
 from surgeon.base import Checkpoint
 from surgeon.errors import BuildError, SpecError
-from surgeon.runtime.manifest import parse_manifest, read_manifest, seal
+from surgeon.runtime.document import parse_manifest, read_manifest, seal
 from surgeon.spec import read_spec
 
 SURGERY = [{"lora": {"rank": 2}}]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from surgeon.errors import BuildError, SpecError, did_you_mean, shorten
-from surgeon.runtime.manifest import Manifest, read_manifest
+from surgeon.runtime.document import read_manifest
+from surgeon.runtime.manifest import Manifest
 from surgeon.runtime.store.places import Place, place_of
 from surgeon.runtime.store.sealed import Seal, ledger_of, seal, unseal
 from surgeon.runtime.taskfile import SUFFIX
