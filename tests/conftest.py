@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -80,6 +83,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["SURGEON_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def odd_model() -> ModuleType:
+    """The module of a model that nobody told Surgeon of; its text is the module's file."""
+    spec = importlib.util.spec_from_file_location("odd_model", Path(__file__).with_name("odd_model.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its configuration looks itself up there
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +134,20 @@ class Lab:
                 parameter.add_(by * torch.randn(parameter.shape, generator=noise))
         return model
 
+    def writers(self, model: PreTrainedModel, surgery: Sequence[Mapping[str, Any]]) -> Compiled:
+        """Two tasks that write and are not the base."""
+        spec = {"surgery": list(surgery), "tasks": {"a": {}, "b": {}}, "export": {"generate": True}}
+        made = surgeon.compile(spec, base=model)
+        for seed, task in enumerate(made.tasks):
+            self.move(made.model(task), seed=seed).eval()
+        return made
+
+    @staticmethod
+    def prompts(lengths: Sequence[int] = (5, 1, 9, 14)) -> list[list[int]]:
+        """Token ids of texts of these lengths."""
+        draw = torch.Generator().manual_seed(9)
+        return [torch.randint(3, 100, (length,), generator=draw).tolist() for length in lengths]
+
     @staticmethod
     def feed(
         model: PreTrainedModel, batch: int, length: int, *, pad: int = 0, side: str = "right", seed: int = 0
@@ -224,3 +238,52 @@ def lab(tiny: Callable[..., PreTrainedModel]) -> Lab:
     """One laboratory, so that no base is traced twice."""
     torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it brings
     return Lab(tiny)
+
+
+class Decoding:
+    """Oracles of what decoders write."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+
+    def base(self, kind: str) -> PreTrainedModel:
+        """A base with room for long texts that never ends one."""
+        room = {"n_positions": 128} if kind == "gpt2" else {"max_position_embeddings": 128}
+        return self._lab.base(kind, "causal-lm", eos_token_id=None, **room)
+
+    @staticmethod
+    def uncached(model: nn.Module, prompt: Sequence[int], count: int) -> list[int]:
+        """The likeliest token again and again, from the whole text each time."""
+        ids = torch.tensor([list(prompt)])
+        for _ in range(count):
+            with torch.no_grad():
+                logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+        return ids[0, len(prompt) :].tolist()
+
+    @staticmethod
+    def by_transformers(model: PreTrainedModel, prompt: Sequence[int], count: int) -> list[int]:
+        """What `generate` writes greedily."""
+        ids = torch.tensor([list(prompt)])
+        generate: Callable[..., Tensor] = model.generate
+        found = generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
+        )
+        return found[0, len(prompt) :].tolist()
+
+    @staticmethod
+    def merged(made: Compiled) -> PreTrainedModel:
+        """The base with a task's products added to its weights."""
+        model = copy.deepcopy(made.base.model)
+        tensors = made.model("a").deployed()
+        with torch.no_grad():
+            for name in [n for n in tensors if n.endswith("lora_A")]:
+                product = tensors[name] @ tensors[name.replace("lora_A", "lora_B")]
+                model.get_parameter(name.replace("lora_A", "weight")).add_(product.T)
+        return model
+
+
+@pytest.fixture(scope="session")
+def decoding(lab: Lab) -> Decoding:
+    """For tests of what decoders write."""
+    return Decoding(lab)

@@ -50,20 +50,6 @@ def base(lab: Lab, kind: str, **changes: Any) -> PreTrainedModel:
     return lab.base(kind, "seq2seq-lm", eos_token_id=None, **room, **changes)
 
 
-def compiled(lab: Lab, model: PreTrainedModel, surgery: Sequence[dict[str, Any]]) -> Compiled:
-    """Two tasks that are not the base."""
-    spec = {"surgery": surgery, "tasks": {"a": {}, "b": {}}, "export": {"generate": True}}
-    made = surgeon.compile(spec, base=model)
-    for seed, task in enumerate(made.tasks):
-        lab.move(made.model(task), seed=seed).eval()
-    return made
-
-
-def sources(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
-    draw = torch.Generator().manual_seed(9)
-    return [torch.randint(3, 100, (length,), generator=draw).tolist() for length in lengths]
-
-
 def uncached(model: nn.Module, source: Sequence[int], count: int) -> list[int]:
     """The likeliest token again and again, each time from all of the text."""
     ids, text = torch.tensor([list(source)]), torch.tensor([[0]])
@@ -86,9 +72,9 @@ def by_transformers(
     return found[0, 1:].tolist()
 
 
-def check_tokens(made: Compiled, session: surgeon.Session, count: int = LONG) -> None:
+def check_tokens(lab: Lab, made: Compiled, session: surgeon.Session, count: int = LONG) -> None:
     """All rows together and in smaller groups, tasks swapped back and forth, against PyTorch without a cache."""
-    given = sources()
+    given = lab.prompts()
     for task, batch in (("a", 3), (None, 4), ("b", 1), ("a", 4)):
         wanted = [
             by_transformers(made.base.model, source, count)
@@ -120,7 +106,7 @@ def builds(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
                 fast = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", model_max_length=LONG)
                 fast.save_pretrained(folder / "base")
                 model.name_or_path = str(folder / "base")
-            made = compiled(lab, model, SURGERY[kind])
+            made = lab.writers(model, SURGERY[kind])
             path = made.save(folder / "build")
             known[kind] = made, path, surgeon.Session(path, threads=1)
         return known[kind]
@@ -132,18 +118,18 @@ KINDS = ["t5", pytest.param("bart", marks=pytest.mark.sweep)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_token_is_pytorchs(builds: Callable[[str], Built], kind: str) -> None:
+def test_every_token_is_pytorchs(lab: Lab, builds: Callable[[str], Built], kind: str) -> None:
     made, _, session = builds(kind)
-    check_tokens(made, session)
+    check_tokens(lab, made, session)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("technique", WIDE)
 @pytest.mark.parametrize("kind", SURGERY)
 def test_every_token_is_pytorchs_with_every_technique(lab: Lab, tmp_path: Path, kind: str, technique: str) -> None:
-    made = compiled(lab, base(lab, kind), WIDE[technique])
+    made = lab.writers(base(lab, kind), WIDE[technique])
     with surgeon.Session(made.save(tmp_path / "build"), threads=1) as session:
-        check_tokens(made, session)
+        check_tokens(lab, made, session)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -191,11 +177,11 @@ def test_what_acts_on_the_source_is_read_by_the_encoder_alone(builds: Callable[[
     assert any("EncDecAttention.q.lora" in name for name in decoder)
 
 
-def test_beams_are_transformers(builds: Callable[[str], Built], tmp_path: Path) -> None:
+def test_beams_are_transformers(lab: Lab, builds: Callable[[str], Built], tmp_path: Path) -> None:
     """Ends among the beams, other lengths preferred, rows in groups; of the base and of what was trained."""
     made, _, _ = builds("t5")
     trained, prompt = merged(made)
-    often = by_transformers(made.base.model, sources()[2], 12, num_beams=3)
+    often = by_transformers(made.base.model, lab.prompts()[2], 12, num_beams=3)
     ends = {"eos_token_id": [often[5], often[-1]]}
     lengths: set[int] = set()
     with surgeon.Session(saved(made, tmp_path / "build", **ends), threads=1) as session:
@@ -207,19 +193,19 @@ def test_beams_are_transformers(builds: Callable[[str], Built], tmp_path: Path) 
         ):
             asked = {"num_beams" if name == "beams" else name: value for name, value in options.items()}
             model, front = (made.base.model, None) if task is None else (trained, prompt)
-            wanted = [by_transformers(model, s, 20, prompt=front, **ends, **asked) for s in sources()]
+            wanted = [by_transformers(model, s, 20, prompt=front, **ends, **asked) for s in lab.prompts()]
             for batch in (4, 1):
-                rows = session.generate(sources(), task, max_new_tokens=20, batch=batch, **options)
+                rows = session.generate(lab.prompts(), task, max_new_tokens=20, batch=batch, **options)
                 assert [list(row.tokens) for row in rows] == wanted
             lengths |= {len(tokens) for tokens in wanted}
     assert len(lengths) > 1
 
 
-def test_greedy_tokens_are_those_of_generate(builds: Callable[[str], Built]) -> None:
+def test_greedy_tokens_are_those_of_generate(lab: Lab, builds: Callable[[str], Built]) -> None:
     made, _, session = builds("t5")
     model, prompt = merged(made)
-    wanted = [by_transformers(model, source, LONG, prompt=prompt) for source in sources()]
-    assert [list(row.tokens) for row in session.generate(sources(), "a", max_new_tokens=LONG)] == wanted
+    wanted = [by_transformers(model, source, LONG, prompt=prompt) for source in lab.prompts()]
+    assert [list(row.tokens) for row in session.generate(lab.prompts(), "a", max_new_tokens=LONG)] == wanted
 
 
 def merged(made: Compiled) -> tuple[PreTrainedModel, Tensor]:
@@ -254,16 +240,18 @@ RULES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("rules", RULES)
-def test_the_bases_own_rules_hold(builds: Callable[[str], Built], tmp_path: Path, rules: dict[str, Any]) -> None:
+def test_the_bases_own_rules_hold(
+    lab: Lab, builds: Callable[[str], Built], tmp_path: Path, rules: dict[str, Any]
+) -> None:
     made, _, session = builds("t5")
     if "eos_token_id" in rules:
-        rules = {**rules, "eos_token_id": session.generate(sources()[:1])[0].tokens[0]}
+        rules = {**rules, "eos_token_id": session.generate(lab.prompts()[:1])[0].tokens[0]}
     with surgeon.Session(saved(made, tmp_path / "build", **rules), threads=1) as ruled:
         for beams in (1, 3):
-            wanted = [by_transformers(made.base.model, s, 24, num_beams=beams, **rules) for s in sources()]
-            rows = ruled.generate(sources(), max_new_tokens=24, beams=beams)
+            wanted = [by_transformers(made.base.model, s, 24, num_beams=beams, **rules) for s in lab.prompts()]
+            rows = ruled.generate(lab.prompts(), max_new_tokens=24, beams=beams)
             assert [list(row.tokens) for row in rows] == wanted
-    assert wanted != [list(row.tokens) for row in session.generate(sources(), max_new_tokens=24, beams=3)]
+    assert wanted != [list(row.tokens) for row in session.generate(lab.prompts(), max_new_tokens=24, beams=3)]
 
 
 @pytest.mark.parametrize(
@@ -282,18 +270,20 @@ def test_a_rule_that_is_not_done_is_said(
     assert not (tmp_path / "build").exists()
 
 
-def test_rows_end_at_different_times_and_no_neighbour_matters(builds: Callable[[str], Built], tmp_path: Path) -> None:
+def test_rows_end_at_different_times_and_no_neighbour_matters(
+    lab: Lab, builds: Callable[[str], Built], tmp_path: Path
+) -> None:
     made, _, session = builds("t5")
     chance = {"temperature": 1.5, "top_k": 40, "repetition_penalty": 1.2}
     options: dict[str, Any] = {"max_new_tokens": 20, "seed": 7}
-    free = session.generate(sources(), "a", **options, **chance)
+    free = session.generate(lab.prompts(), "a", **options, **chance)
     ends = [free[0].tokens[3], free[2].tokens[8]]
     with surgeon.Session(saved(made, tmp_path / "build", eos_token_id=ends), threads=1) as ending:
         for drawn in ({}, chance):
-            together = ending.generate(sources(), "a", **options, **drawn)
+            together = ending.generate(lab.prompts(), "a", **options, **drawn)
             assert not drawn or len({len(row.tokens) for row in together}) > 1
-            assert together == ending.generate(sources(), "a", batch=2, **options, **drawn)
-            for i, source in enumerate(sources()):
+            assert together == ending.generate(lab.prompts(), "a", batch=2, **options, **drawn)
+            for i, source in enumerate(lab.prompts()):
                 assert together[i : i + 1] == ending.generate([source], "a", **{**options, "seed": 7 + i}, **drawn)
 
 
@@ -350,4 +340,4 @@ def test_a_build_that_writes_is_verified(builds: Callable[[str], Built]) -> None
 @pytest.mark.sweep
 def test_votes_are_no_text(lab: Lab) -> None:
     with pytest.raises(SpecError, match="ensemble"):
-        compiled(lab, base(lab, "t5", **SMALL["t5"]), [{"prompt": {"ensemble": 2}}])
+        lab.writers(base(lab, "t5", **SMALL["t5"]), [{"prompt": {"ensemble": 2}}])
