@@ -20,7 +20,7 @@ class Turning(nn.Module):
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
         angles = torch.arange(x.shape[1], dtype=torch.float32)[:, None] * torch.tensor([1.0, 0.1])
         turn = torch.polar(torch.ones_like(angles), angles) * 1.5
-        turn = (scale[:, None] * turn).unsqueeze(0).unsqueeze(-2).to(torch.complex64)
+        turn = (scale[:, None] * turn).unsqueeze(0).unsqueeze(-2).clone()
         z = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
         return torch.view_as_real((z.transpose(1, -2) * turn.transpose(1, -2))[:, :, 1:]).flatten(3)
 

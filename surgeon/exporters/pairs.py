@@ -18,7 +18,8 @@ aten = torch.ops.aten
 def paired(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Spell all that is complex by pairs, or nothing where an operator is none of those known here."""
     graph = graph_module.graph
-    touched = [n for n in graph.find_nodes(op="call_function") if any(map(_complex, (n, *n.all_input_nodes)))]
+    calls = [n for n in graph.nodes if n.op == "call_function"]
+    touched = [n for n in calls if any(map(_complex, (n, *n.all_input_nodes)))]
     spelled = {node: _spelled(node) for node in touched}
     if None in spelled.values() or any(_complex(n) for n in graph.nodes if n.op != "call_function"):
         return graph_module
