@@ -24,7 +24,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.measure import REST, THREADS, Section
+from benchmarks.measure import THREADS, Section, rest
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "benchmarks-generation.md"
@@ -121,13 +121,15 @@ def measure(
         )
         console.print(f"{name}: {ask(workers[name], 'ready')}")
     times: dict[str, dict[str, list[float]]] = {work: {name: [] for name in names} for work in WORK}
-    order = random.Random(0)
+    order, took = random.Random(0), 0.0
     try:
         for i in range(-1, rounds):
             for work in WORK:
                 for name in order.sample(list(names), len(names)):
-                    time.sleep(REST)
+                    rest(took)
+                    begun = time.perf_counter()
                     seconds = float(ask(workers[name], work))
+                    took = time.perf_counter() - begun
                     if i >= 0:
                         times[work][name].append(seconds)
             console.print(f"round {i + 1} of {rounds}")
