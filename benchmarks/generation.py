@@ -37,7 +37,7 @@ VARIANTS = {
     "task": ("ours", "float32", "task"),
     "plain": ("ours", "plain", ""),
     "genai": ("genai", "float32", "task"),
-    "exact blocks": ("ours", "base", "task"),
+    "exact blocks": ("ours", "copy", "task"),
     "rounded blocks": ("ours", "base-rounded", "task"),
     "NF4": ("ours", "nf4", "task"),
     "PEFT": ("peft", "", ""),
@@ -75,7 +75,7 @@ def prepare(folder: Path, *, nf4: bool) -> None:
     from surgeon.spec import read_spec
 
     base = {"model": MODEL, "head": "causal-lm"}
-    forms = [form for form in ("float32", "base", "base-rounded") if not (folder / form).exists()]
+    forms = [form for form in ("float32", "copy", "base-rounded") if not (folder / form).exists()]
     spec: dict[str, Any] = {"base": base, "surgery": [LORA], "tasks": {"task": {}}}
     if forms:
         made = surgeon.compile({**spec, "export": {"generate": True}}, progress=console.print)
@@ -159,7 +159,7 @@ def speeds(times: dict[str, dict[str, list[float]]]) -> Section:
     text = (
         "Milliseconds: of a prompt of 256 tokens, and of a token (of 8 rows: of a step) after a prompt of 16 tokens, "
         "or of 600. LoRA r=16 on query and value; *task* and *genai* run the same build, *plain* is the base's build "
-        "without surgery, *exact blocks* and *rounded blocks* hold the file's Q4_1 and Q8_0 (`export.weights` `base` "
+        "without surgery, *exact blocks* and *rounded blocks* hold the file's Q4_1 and Q8_0 (`export.weights` `copy` "
         "and `base-rounded`), PEFT is `generate` in PyTorch."
     )
     return Section("Speed", text, ("work", *names), tuple(rows))
