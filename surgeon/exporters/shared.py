@@ -4,8 +4,9 @@ Row r of a buffer `[rows, kv heads, room, width]` holds columns 0 … len_r - 1,
 takes the lengths from the mask, whose rows begin with ones. A prefix is what the buffer begins with: it is written
 there once, and costs no more than being attended to.
 
-The operator knows the triangle of a text and no other mask. So every attention is rewritten where its structure fits,
-and the result is compared, in torch: with the graph as it was, and rows of different lengths together with each alone.
+The operator knows the triangle of a text, a window of its last columns, and no other mask. So every attention is
+rewritten where its structure fits, and the result is compared, in torch: with the graph as it was, and rows of
+different lengths together with each alone.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from torch.func import functional_call
 
 from surgeon.cached import PAST, PRESENT
 from surgeon.dataflow import ancestors
-from surgeon.module import copied
+from surgeon.exporters.masks import windows
 from surgeon.exporters.rotary import torch_turn, turned
+from surgeon.module import copied
 from surgeon.program import Program
 
 aten = torch.ops.aten
@@ -32,8 +34,6 @@ VIEWS = {
     *(aten.clone.default, aten.contiguous.default, aten.flatten.using_ints, aten.dropout.default),
 }
 """What may lie between a cache or a prefix and the product; in eval mode dropout is nothing."""
-LONG = 2**15
-"""Columns at most of the longest text for which the mask is looked at."""
 LENGTHS, ROOM = (5, 3), 9
 TOLERANCE = 1e-4
 
@@ -67,8 +67,8 @@ def shareable(program: Program) -> str | None:
         return "some layers have a prefix and others none"
     if any(delta.once for delta in program.ledger.deltas.values()):
         return "a task acts where a text begins alone"
-    if not _see_all(program, places):
-        return "an attention does not see all that was before"
+    if windows(program, [place.core for place in places]) is None:
+        return "an attention sees neither all that was before nor the last of it"
     found = _difference(program)
     return None if found <= TOLERANCE else f"rows of different lengths would answer otherwise (by {found:.1g})"
 
@@ -76,6 +76,9 @@ def shareable(program: Program) -> str | None:
 def shared(graph_module: fx.GraphModule, program: Program, attend: Callable[..., Any] | None = None) -> fx.GraphModule:
     """Let attentions over the cache be the operator; `graph_module` is the program's graph or a copy of it."""
     graph, attend = graph_module.graph, attend or onnx_attend
+    own = list(_places(program.graph, program))
+    seen = windows(program, [place.core for place in own]) or {}
+    window = {place.past: seen.get(place.core, 0) for place in own}
     mask = next(n for n in graph.nodes if n.op == "placeholder" and n.name == "attention_mask")
     out = graph.output_node()
     for place in list(_places(graph, program)):
@@ -84,7 +87,7 @@ def shared(graph_module: fx.GraphModule, program: Program, attend: Callable[...,
             pasts = [names[name] for name in place.past]
             start = graph.get_attr(place.start[0]) if place.start else None
             scale = place.core.kwargs.get("scale") or place.query.meta["val"].shape[-1] ** -0.5
-            given = (place.query, *place.new, *pasts, mask, start, scale)
+            given = (place.query, *place.new, *pasts, mask, start, scale, window[place.past])
             both = graph.call_function(attend, given)
             parts = [graph.call_function(operator.getitem, (both, at)) for at in range(3)]
         vals = [place.core.meta["val"], *(_joined(past).meta["val"] for past in pasts)]
@@ -103,7 +106,15 @@ def shared(graph_module: fx.GraphModule, program: Program, attend: Callable[...,
 
 
 def onnx_attend(  # noqa: PLR0917 - what both forms of the operator take
-    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, mask: Tensor, start: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    mask: Tensor,
+    start: Tensor | None,
+    scale: float,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator, after the rotation. In ONNX Runtime `past` and `present` may be the same memory."""
     rows, heads, columns, width = q.shape
@@ -116,6 +127,8 @@ def onnx_attend(  # noqa: PLR0917 - what both forms of the operator take
     shapes: list[Any] = [flat[0].shape[:2] + (heads * v.shape[3],)]
     shapes += [(rows, new.shape[1], past.shape[2] + columns, new.shape[3]) for new, past in ((k, past_k), (v, past_v))]
     attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": int(k.shape[1]), "scale": scale, "do_rotary": 0}
+    if window:
+        attributes["local_window_size"] = window
     y, keys, values = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
         (*flat, past_k, past_v, *counts),
@@ -128,7 +141,15 @@ def onnx_attend(  # noqa: PLR0917 - what both forms of the operator take
 
 
 def torch_attend(  # noqa: PLR0917 - what both forms of the operator take
-    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, mask: Tensor, start: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    mask: Tensor,
+    start: Tensor | None,
+    scale: float,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the operator computes where the buffers have room: new columns behind each row's own, seen by those after."""
     lengths = mask.sum(1) + (0 if start is None else start.shape[1])
@@ -136,7 +157,8 @@ def torch_attend(  # noqa: PLR0917 - what both forms of the operator take
     keys, values = (
         past.scatter(2, at[:, None, :, None].expand_as(new), new) for past, new in ((past_k, k), (past_v, v))
     )
-    seen = torch.arange(keys.shape[2]) <= at.unsqueeze(-1)
+    columns, last = torch.arange(keys.shape[2]), at.unsqueeze(-1)
+    seen = (columns <= last) & (columns > last - (window or keys.shape[2]))
     several = {"attn_mask": seen.unsqueeze(1), "scale": scale, "enable_gqa": True}
     return torch.nn.functional.scaled_dot_product_attention(q, keys, values, **several), keys, values  # type: ignore[arg-type]
 
@@ -190,22 +212,6 @@ def _result(core: fx.Node) -> fx.Node:
 def _joined(past: fx.Node) -> fx.Node:
     """Where a past and its new columns are put together."""
     return next(user for user in past.users if _pair(user) is not None)
-
-
-def _see_all(program: Program, places: Sequence[Place]) -> bool:
-    """Whether no mask hides anything from the last token of the longest text: a sliding window would."""
-    cores = [place.core for place in places]
-    masks = [core.args[3] if len(core.args) > 3 else core.kwargs.get("attn_mask") for core in cores]
-    found = [mask for mask in dict.fromkeys(masks) if isinstance(mask, fx.Node)]
-    if None in masks or any(core.kwargs.get("is_causal") or any(core.args[5:]) for core in cores):
-        return False
-    sizes = {"batch": 1, "sequence": 1, "past": min(program.max_length or LONG, LONG) - 1}
-    feed = {  # of the cache only the sizes are read
-        i.name: torch.zeros(1).expand(i.shape(sizes)) if i.cached else torch.ones(i.shape(sizes), dtype=i.dtype)
-        for i in program.inputs
-    }
-    seen = program.evaluate(found, feed)
-    return all(bool(t.all()) if t.dtype == torch.bool else not bool(t.any()) for t in seen)
 
 
 def _difference(program: Program) -> float:
