@@ -24,7 +24,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.measure import REST, THREADS, Section
+from benchmarks.measure import THREADS, Section, rest
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "benchmarks-generation.md"
@@ -37,7 +37,7 @@ VARIANTS = {
     "task": ("ours", "float32", "task"),
     "plain": ("ours", "plain", ""),
     "genai": ("genai", "float32", "task"),
-    "exact blocks": ("ours", "base", "task"),
+    "exact blocks": ("ours", "copy", "task"),
     "rounded blocks": ("ours", "base-rounded", "task"),
     "NF4": ("ours", "nf4", "task"),
     "PEFT": ("peft", "", ""),
@@ -75,7 +75,7 @@ def prepare(folder: Path, *, nf4: bool) -> None:
     from surgeon.spec import read_spec
 
     base = {"model": MODEL, "head": "causal-lm"}
-    forms = [form for form in ("float32", "base", "base-rounded") if not (folder / form).exists()]
+    forms = [form for form in ("float32", "copy", "base-rounded") if not (folder / form).exists()]
     spec: dict[str, Any] = {"base": base, "surgery": [LORA], "tasks": {"task": {}}}
     if forms:
         made = surgeon.compile({**spec, "export": {"generate": True}}, progress=console.print)
@@ -121,13 +121,15 @@ def measure(
         )
         console.print(f"{name}: {ask(workers[name], 'ready')}")
     times: dict[str, dict[str, list[float]]] = {work: {name: [] for name in names} for work in WORK}
-    order = random.Random(0)
+    order, took = random.Random(0), 0.0
     try:
         for i in range(-1, rounds):
             for work in WORK:
                 for name in order.sample(list(names), len(names)):
-                    time.sleep(REST)
+                    rest(took)
+                    begun = time.perf_counter()
                     seconds = float(ask(workers[name], work))
+                    took = time.perf_counter() - begun
                     if i >= 0:
                         times[work][name].append(seconds)
             console.print(f"round {i + 1} of {rounds}")
@@ -157,7 +159,7 @@ def speeds(times: dict[str, dict[str, list[float]]]) -> Section:
     text = (
         "Milliseconds: of a prompt of 256 tokens, and of a token (of 8 rows: of a step) after a prompt of 16 tokens, "
         "or of 600. LoRA r=16 on query and value; *task* and *genai* run the same build, *plain* is the base's build "
-        "without surgery, *exact blocks* and *rounded blocks* hold the file's Q4_1 and Q8_0 (`export.weights` `base` "
+        "without surgery, *exact blocks* and *rounded blocks* hold the file's Q4_1 and Q8_0 (`export.weights` `copy` "
         "and `base-rounded`), PEFT is `generate` in PyTorch."
     )
     return Section("Speed", text, ("work", *names), tuple(rows))

@@ -32,8 +32,8 @@ def ours(build: str, task: str, threads: int) -> tuple[Write, Callable[[int], No
         return max(len(row.tokens) for row in rows)
 
     def load(tasks: int) -> None:
-        path = Path(build) / session.manifest.tasks["task"].adapter
-        for i in range(len(session.tasks), tasks):
+        for i in range(len(session.tasks), tasks if task else 0):
+            path = Path(build) / session.manifest.tasks[task].adapter
             session.add_task(path, f"task{i}")
             session.generate([[5, 6]], f"task{i}", max_new_tokens=2)
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 THREADS = 2
-REST = 0.02
+REST = 0.1
+"""Seconds, at least: see `rest`."""
 
 
 @dataclass(frozen=True)
@@ -30,20 +31,27 @@ class Section:
 
 
 def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, warm: int = 3) -> dict[str, list[float]]:
-    """Seconds of every variant, one call each a round, in an order drawn anew each round.
-
-    Before each call the machine rests: worker threads of whoever ran last spin for a while, and would slow the next.
-    """
+    """Seconds of every variant, one call each a round, in an order drawn anew each round."""
     times: dict[str, list[float]] = {name: [] for name in variants}
-    names, order = list(variants), random.Random(0)
+    names, order, took = list(variants), random.Random(0), 0.0
     for i in range(-warm, rounds):
         for name in order.sample(names, len(names)):
-            time.sleep(REST)
+            rest(took)
             start = time.perf_counter()
             variants[name]()
+            took = time.perf_counter() - start
             if i >= 0:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(took)
     return times
+
+
+def rest(took: float) -> None:
+    """Sleep before a call, as long as the last one took or longer.
+
+    Worker threads of whoever ran last spin for a while, and would slow the next. And a virtual machine may have its
+    cores in bursts only: under steady work it then runs now at half its speed, now at all of it.
+    """
+    time.sleep(max(REST, took))
 
 
 def ratio(times: Mapping[str, Sequence[float]], name: str, to: str) -> float:

@@ -63,7 +63,7 @@ def _mixed(name: str, folder: Path) -> Section:
             runs[f"{count}"] = partial(_drawn, session.run, arrays, draw)
             runs[f"PEFT {count}"] = partial(_drawn, peer, fed, draw)
         runs["one by one"] = partial(_one_by_one, session, arrays, random.Random(0))
-        times = interleave(runs, rounds)
+        times = interleave(runs, rounds * min(LAYERS.values()) // LAYERS[name])
         ours = [f"**{ratio(times, f'{count}', 'plain'):.2f}**" for count in TASKS]
         peers = [f"{ratio(times, f'PEFT {count}', f'{count}'):.2f}" for count in TASKS]
         switched = f"{ratio(times, 'one by one', str(MOST)):.2f}"

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,72 +24,20 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from benchmarks.bases import BASES, open_model
-from benchmarks.measure import THREADS, Section, interleave, milliseconds, ratio
-from benchmarks.recipes import LEFT_OUT, Recipe, recipes
+from benchmarks.measure import THREADS, interleave
+from benchmarks.quality_table import BASE, HEAD, OURS, Result, Runs, Setting, page, table
+from benchmarks.recipes import Recipe, recipes
 from benchmarks.training import step
 from demo.data import prepare
 from surgeon import compile
+from surgeon.compiler import Compiled
 from surgeon.runtime.taskfile import write_adapter
-from surgeon.train import Row, TrainOptions, evaluate, labels_of, load_tokenizer, read_rows, train_task
+from surgeon.train import Row, evaluate, labels_of, load_tokenizer, read_rows, train_task
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "out" / "quality.jsonl"
 PAGE = HERE.parent / "docs" / "quality.md"
-BASE, LABELS = "MiniLM-L6", ["negative", "positive"]
-OURS, HEAD = "Surgeon", "head"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all runs of a table have in common."""
-
-    rows: int
-    test_rows: int
-    epochs: int
-    max_length: int = 64
-    batch_size: int = 16
-
-    @property
-    def steps(self) -> int:
-        """Of one run."""
-        return self.epochs * math.ceil(self.rows / self.batch_size)
-
-    def options(self, rate: float, seed: int, threads: int) -> TrainOptions:
-        """For the one loop."""
-        own = {"epochs": self.epochs, "batch_size": self.batch_size, "max_length": self.max_length}
-        return TrainOptions(**own, learning_rate=rate, seed=seed, threads=threads)
-
-
-@dataclass(frozen=True)
-class Result:
-    """One finished run."""
-
-    technique: str
-    by: str
-    seed: int
-    rate: float
-    accuracy: float
-    parameters: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Runs:
-    """The finished runs of a row of the table, by whose they are."""
-
-    recipe: Recipe
-    setting: Setting
-    results: Mapping[str, list[Result]]
-
-    @property
-    def own(self) -> list[Result]:
-        """Ours."""
-        return self.results[OURS]
-
-    @property
-    def peer(self) -> list[Result]:
-        """The peer's; empty where there is none."""
-        return self.results.get(self.recipe.by, [])
+LABELS = ["negative", "positive"]
 
 
 def main() -> None:
@@ -124,7 +70,7 @@ def main() -> None:
     rows = [Runs(recipe, own, _results(recipe, own, given.seeds)) for recipe, own in entries]
     torch.set_num_threads(THREADS)
     steps = {recipe.name: step_times(recipe, setting) for recipe in chosen}
-    section = table(rows, steps, setting, given.seeds)
+    section = table(rows, steps, setting)
     console.print(section.markdown())
     if given.techniques is None:
         PAGE.write_text(page(section), encoding="utf-8")
@@ -152,6 +98,8 @@ def run(recipe: Recipe, who: str, seed: int, setting: Setting, threads: int) -> 
     else:
         assert recipe.peer is not None
         model = recipe.peer(open_model(BASE), setting.steps)
+        if recipe.begin is not None:
+            recipe.begin(model, _compile(recipe.name).model(f"seed{seed}"))
     train_task(model, _tokenizer(), train, None, setting.options(recipe.rate, seed, threads))
     accuracy = evaluate(model, _tokenizer(), test, max_length=setting.max_length).accuracy
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -168,7 +116,12 @@ def step_times(recipe: Recipe, setting: Setting) -> dict[str, list[float]]:
 
 
 @cache
-def _compiled(name: str) -> Any:
+def _compiled(name: str) -> Compiled:
+    """The models that are trained."""
+    return _compile(name)
+
+
+def _compile(name: str) -> Compiled:
     recipe = recipes()[name]
     tasks = {f"seed{seed}": {"labels": LABELS} for seed in range(10)}
     return compile({"base": BASES[BASE], "surgery": list(recipe.surgery), "tasks": tasks})
@@ -220,95 +173,6 @@ def _keep(setting: Setting, result: Result) -> None:
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"setting": asdict(setting), "result": asdict(result)}) + "\n")
-
-
-def table(rows: list[Runs], steps: Mapping[str, Mapping[str, list[float]]], setting: Setting, seeds: int) -> Section:
-    """A row for each technique, with a verdict."""
-    text = (
-        f"The demo's `movie` task on {BASE}: {setting.rows} training rows of two labels, {setting.test_rows} test "
-        f"rows, {setting.epochs} epochs of batches of {setting.batch_size}, {setting.steps} steps, or the epochs that "
-        f"the table says, texts cut at {setting.max_length} tokens, {seeds} seeds; the last step's weights are tested. "
-        "Accuracy is the mean ± standard deviation over the seeds. *Peer* is PEFT, or the base itself in plain torch "
-        "with the same parameters trained; both go through the same loop with the same rows, batches, optimiser and "
-        f"learning rate. A *step* is forward, backward and AdamW on {setting.batch_size} × 32 tokens with two threads, "
-        "ours and the peer's in turn: medians."
-        "\n\n*Above head only*: than head-only trained as long, by more than two pooled standard errors. *As the "
-        "peer*: no further apart than two pooled standard errors, or than one test row."
-    )
-    columns = (
-        "technique",
-        "epochs",
-        "learning rate",
-        "accuracy",
-        "peer's",
-        "trained",
-        "file",
-        "peer's file",
-        "step",
-        "step / peer's",
-    )
-    heads = {row.setting.epochs: row.own for row in rows if row.recipe.name == HEAD}
-    cells = tuple(tuple(_row(row, heads.get(row.setting.epochs), steps[row.recipe.name])) for row in rows)
-    return Section("Accuracy of every technique", text, (*columns, "above head only", "as the peer"), cells)
-
-
-def _row(row: Runs, head: list[Result] | None, steps: Mapping[str, list[float]]) -> Iterator[str]:
-    own, peer, by = row.own, row.peer, row.recipe.by
-    yield f"`{row.recipe.name}`"
-    yield str(row.setting.epochs)
-    yield f"{row.recipe.rate:g}"
-    yield _spread(own)
-    yield f"{_spread(peer)} ({by})" if peer else "none"
-    yield f"{own[0].parameters:,}"
-    yield f"{own[0].bytes / 1e6:.2f} MB"
-    yield f"{peer[0].bytes / 1e6:.2f} MB" if peer else ""
-    yield milliseconds(steps[OURS])
-    yield f"{ratio(steps, OURS, by):.2f}" if peer else ""
-    yield "" if row.recipe.name == HEAD or head is None else _above(own, head)
-    yield _like(own, peer, row.setting) if peer else ""
-
-
-def _spread(results: list[Result]) -> str:
-    accuracies = [r.accuracy for r in results]
-    spread = f" ± {statistics.stdev(accuracies):.3f}" if len(accuracies) > 1 else ""
-    return f"{statistics.mean(accuracies):.3f}{spread}"
-
-
-def _difference(one: list[Result], other: list[Result]) -> tuple[float, float]:
-    """Difference of the means, and twice its pooled standard error."""
-    a, b = ([r.accuracy for r in side] for side in (one, other))
-    if min(len(a), len(b)) < 2:
-        return statistics.mean(a) - statistics.mean(b), math.nan
-    squares = (len(a) - 1) * statistics.variance(a) + (len(b) - 1) * statistics.variance(b)
-    pooled = squares / (len(a) + len(b) - 2)
-    return statistics.mean(a) - statistics.mean(b), 2 * math.sqrt(pooled * (1 / len(a) + 1 / len(b)))
-
-
-def _above(own: list[Result], head: list[Result]) -> str:
-    gap, allowed = _difference(own, head)
-    verdict = (
-        "unknown" if math.isnan(allowed) else "yes" if gap > allowed else "within noise" if gap > -allowed else "**no**"
-    )
-    return f"{verdict} ({gap:+.3f})"
-
-
-def _like(own: list[Result], peer: list[Result], setting: Setting) -> str:
-    gap, allowed = _difference(own, peer)
-    allowed = max(allowed, 1 / setting.test_rows) if not math.isnan(allowed) else allowed
-    verdict = "unknown" if math.isnan(allowed) else "yes" if abs(gap) <= allowed + 1e-9 else "**no**"
-    return f"{verdict} ({gap:+.3f}, noise {allowed:.3f})"
-
-
-def page(section: Section) -> str:
-    """docs/quality.md."""
-    left = "\n".join(f"- `{name}`: {why}." for name, why in LEFT_OUT.items())
-    silent = (
-        "PEFT has no adapters, AdapterDrop or Compacter; its prefixes refuse a classifier under this version of "
-        "transformers, so `prefix` and `p_tuning_v2` have no peer here. The classifier over virtual tokens (`prompt`, "
-        "`p_tuning`) has a rate of its own, ours and the peer's alike (`HEAD_RATES` of benchmarks/recipes.py). Prompts "
-        "need more steps than the other techniques (`EPOCHS` there); head-only is shown with as many."
-    )
-    return f"# Quality\n\nWritten by `make quality`.\n\n{section.markdown()}\n{silent}\n\nNot in the table:\n\n{left}\n"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from surgeon import registry
 from surgeon.inputs import Input, text_inputs
 from surgeon.ledger import Schedule
+from surgeon.model import TaskModel
 
 Surgery = tuple[dict[str, dict[str, Any]], ...]
 MakePeer = Callable[[PreTrainedModel, int], nn.Module]
@@ -37,7 +38,10 @@ LEFT_OUT = {"fusion": "it needs adapters of other tasks; see `make quality-fusio
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a technique is trained. Without a `peer` the table says why not; without `epochs` they are the table's."""
+    """How a technique is trained. Without a `peer` the table says why not; without `epochs` they are the table's.
+
+    `begin` puts into the peer what ours, which is not trained yet, starts from.
+    """
 
     name: str
     surgery: Surgery
@@ -45,6 +49,7 @@ class Recipe:
     epochs: int | None
     peer: MakePeer | None = None
     by: str = ""
+    begin: Callable[[nn.Module, TaskModel], None] | None = None
 
     def sides(self, ours: str) -> list[str]:
         """Who trains it."""
@@ -105,8 +110,17 @@ def recipes() -> dict[str, Recipe]:
     for name in names:
         surgery, peer, by = known.get(name, (({name: {}},), None, ""))
         if name not in LEFT_OUT:
-            found[name] = Recipe(name, surgery, RATES.get(name, RATES["lora"]), EPOCHS.get(name), peer, by)
+            rate, epochs = RATES.get(name, RATES["lora"]), EPOCHS.get(name)
+            found[name] = Recipe(name, surgery, rate, epochs, peer, by, _same_words if name == "prompt" else None)
     return found
+
+
+def _same_words(peer: nn.Module, ours: TaskModel) -> None:
+    """Let PEFT's prompt be the words that ours drew: what 20 words come to depends on which they are."""
+    rows = peer.get_parameter("model.prompt_encoder.default.embedding.weight")
+    (prompt,) = (t for t in ours.deployed().values() if t.shape == rows.shape)
+    with torch.no_grad():
+        rows.copy_(prompt)
 
 
 class Peer(nn.Module):

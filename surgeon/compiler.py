@@ -115,6 +115,8 @@ class Compiled:
 
     def save(self, out: str | Path, *, progress: Progress | None = None) -> Path:
         """Write the build directory `out`, which must be absent or empty."""
+        if self.spec.export.generate and self.served is None:
+            raise SpecError("this was loaded without what writes texts", try_="`load(…)` without `writes=False`")
         models = {task: self.model(task) for task in self.tasks}
         contents = Contents(self.spec, self.base, self.program, models, self.served)
         with on_cpu(models.values()):
@@ -173,7 +175,14 @@ def compile(
 
 
 def _operate(
-    spec: Spec, base: PreTrainedModel | None, steps: list[Pass], *, lent: bool, weights: bool = True, report: Progress
+    spec: Spec,
+    base: PreTrainedModel | None,
+    steps: list[Pass],
+    *,
+    lent: bool,
+    weights: bool = True,
+    writes: bool = True,
+    report: Progress,
 ) -> Compiled:
     """Open the base, trace it, and run `steps`, the passes of `spec`. A base that the caller `lent` stays whole."""
     source = base if base is not None else spec.base
@@ -182,7 +191,7 @@ def _operate(
     opened, program = study(source, weights=weights, seed=spec.seed, progress=report)
     report("operating")
     run_passes(program, steps, lambda i: spec.locate(("surgery", i)))
-    served = _generating(spec, opened, program, steps, report) if spec.export.generate else None
+    served = _generating(spec, opened, program, steps, report) if spec.export.generate and writes else None
     if not lent:
         opened.release(program.stored)
     return Compiled(spec, opened, program, served)
@@ -212,11 +221,9 @@ def _generating(spec: Spec, opened: Base, program: Program, steps: list[Pass], r
             there_is=f"head: {opened.head}",
             try_="`head: causal-lm` or `head: seq2seq-lm` under `base`",
         )
-    if "mixed" in spec.export.modes and opened.head == "seq2seq-lm":
+    if "mixed" in spec.export.modes:
         raise SpecError(
-            "export.generate: an encoder-decoder that writes texts takes one task a call",
-            where=where,
-            try_="`modes: [switch]`",
+            "export.generate: a build that writes texts takes one task a call", where=where, try_="`modes: [switch]`"
         )
     report("tracing with a cache")
     inputs = cached_inputs(opened.model)
@@ -259,9 +266,12 @@ def begin(opened: Base, graph_module: fx.GraphModule, inputs: tuple[Input, ...] 
     )
 
 
-def load(build: str | Path, base: PreTrainedModel | None = None, *, progress: Progress | None = None) -> Compiled:
+def load(
+    build: str | Path, base: PreTrainedModel | None = None, *, writes: bool = True, progress: Progress | None = None
+) -> Compiled:
     """Open a build for more training: its spec on its base, every task with the weights packed last.
 
+    `writes=False` leaves out what writes texts, which `save` needs, and neither training nor `pack`.
     Raises BuildError for a damaged build, DeltaError where the base is not the one it was built from.
     """
     build = Path(build)
@@ -271,7 +281,7 @@ def load(build: str | Path, base: PreTrainedModel | None = None, *, progress: Pr
     if base is None and spec.base is None:
         base = load_base(BaseSpec(model=str(build / BASE), head=cast(HeadName, manifest.base.head)), seed=spec.seed)
     steps = [step.reopened() for step in passes(spec)]
-    compiled = _operate(spec, base, steps, lent=lent, report=progress or _silent)
+    compiled = _operate(spec, base, steps, lent=lent, writes=writes, report=progress or _silent)
     if compiled.program.fingerprint != manifest.base.fingerprint:
         stored = sorted({entry.form for entry in compiled.program.stored.values()})
         raise DeltaError(
@@ -296,7 +306,7 @@ def pack_weights(build: str | Path, task: str, weights: str | Path, *, progress:
     """
     build, weights = Path(build), Path(weights)
     tensors = read_weights(weights, read_manifest(build).base.fingerprint)
-    compiled = load(build, progress=progress)
+    compiled = load(build, writes=False, progress=progress)
     try:
         compiled.model(task).load_state_dict(tensors)
     except DeltaError as error:

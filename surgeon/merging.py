@@ -84,7 +84,7 @@ def merge_task(
     if to not in FORMATS:
         raise SpecError(f"there is no format '{to}'", there_is=FORMATS, try_=did_you_mean(to, FORMATS))
     check_writable(out)
-    compiled = load(build, progress=progress)
+    compiled = load(build, writes=False, progress=progress)
     report(f"merging {task}")
     merged = merge(compiled, task)
     source = f"{compiled.base.source}, with {task} merged"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sweep.cases import Case, cases
 from sweep.chain import chain, reading
-from sweep.running import Limits, forget, results, run
+from sweep.running import Limits, forget, results, run, state
 from sweep.shrinking import Sizes
 from sweep.table import page
 
@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--first", action="store_true", help="one head a family")
     parser.add_argument("--read", action="store_true", help="trace and anatomy only; no page is written")
     parser.add_argument("--again", action="store_true", help="what failed once more")
+    parser.add_argument("--anew", action="store_true", help="what was run by other code than this once more")
     parser.add_argument("--jobs", type=int, default=2, help="processes beside each other")
     parser.add_argument("--seconds", type=int, default=120, help="of processor time a case")
     parser.add_argument("--gigabytes", type=float, default=6.0, help="of memory a case")
@@ -33,11 +34,12 @@ def main() -> None:
     wanted = [c for c in every if not args.families or c.family in args.families]
     if args.first:
         wanted = list({c.family: c for c in reversed(wanted)}.values())[::-1]
-    if args.again:
-        forget(args.out, wanted)
+    code = state()
+    if args.again or args.anew:
+        forget(args.out, wanted, failed=args.again, but=code if args.anew else None)
     chain(Case("bert", "masked-lm"), {}, [Sizes(layers=1)])  # loads all that a case needs, before processes are forked
     work = reading if args.read else chain
-    run(wanted, work, args.out, jobs=args.jobs, limits=Limits(args.seconds, args.gigabytes))
+    run(wanted, work, args.out, jobs=args.jobs, limits=Limits(args.seconds, args.gigabytes), code=code)
     if not args.read:
         PAGE.write_text(page(results(args.out), every), encoding="utf-8")
 

@@ -73,6 +73,7 @@ def chain(case: Case, notes: Notes, ladder: Sequence[Sizes] = LADDER) -> None:
     notes["step"] = "surgery"
     notes["export"] = together = _attempt(opened, graph_module, list(items.values()))
     if together != "ok" and items:
+        notes["together"] = together
         notes["export"] = alone = _attempt(opened, graph_module, [])
         if alone == "ok":
             notes["step"] = "each technique alone"
@@ -116,9 +117,10 @@ def _attempt(opened: Base, graph_module: fx.GraphModule, items: list[Mapping[str
 
 
 def cause(error: BaseException) -> str:
-    """The reason in one line."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line}"[:300]
+    """The reason in one line: the first that is said, with the next where it announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return f"{type(error).__name__}: {said}"[:300]
 
 
 def _operate(opened: Base, graph_module: fx.GraphModule, items: list[Mapping[str, Any]]) -> Compiled:

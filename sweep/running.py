@@ -9,8 +9,8 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,26 +31,32 @@ class Limits:
     gigabytes: float = 6.0
 
 
-def run(cases: Iterable[Case], work: Work, out: Path, *, jobs: int = 1, limits: Limits) -> None:
-    """Run what `out` has no result of yet, and append the results."""
+def run(cases: Iterable[Case], work: Work, out: Path, *, jobs: int = 1, limits: Limits, code: str = "") -> None:
+    """Run what `out` has no result of yet, and append the results, with the state of the `code` they are of."""
     done = {(r["family"], r["head"]) for r in results(out)}
     waiting = [case for case in cases if (case.family, case.head) not in done]
     out.parent.mkdir(parents=True, exist_ok=True)
-    running: dict[int, tuple[Case, Path, float]] = {}
+    running: dict[int, tuple[Case, Path]] = {}
     count = 0
     while waiting or running:
         while waiting and len(running) < jobs:
             case = waiting.pop(0)
             scratch = out.with_suffix(f".{case.family}.{case.head}")
             sys.stdout.flush()
-            running[_fork(case, work, scratch, limits)] = case, scratch, time.monotonic()
-        pid, status = os.wait()
-        case, scratch, start = running.pop(pid)
+            running[_fork(case, work, scratch, limits)] = case, scratch
+        pid, status, used = os.wait3(0)
+        case, scratch = running.pop(pid)
         count += 1
-        result = _collect(case, scratch, status, time.monotonic() - start)
+        result = _collect(case, scratch, status, used.ru_utime + used.ru_stime) | {"code": code}
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
         print(f"{count}/{count + len(waiting) + len(running)} {case}: {result.get('cause') or 'ok'}", flush=True)
+
+
+def state() -> str:
+    """The commit that the code is of, with `+` where it was changed since; nothing where git knows nothing of it."""
+    told = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False)
+    return told.stdout.strip()
 
 
 def results(out: Path) -> list[dict[str, Any]]:
@@ -60,10 +66,15 @@ def results(out: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def forget(out: Path, cases: Iterable[Case]) -> None:
-    """Strike out the results of those `cases` that failed."""
+def forget(out: Path, cases: Iterable[Case], *, failed: bool = True, but: str | None = None) -> None:
+    """Strike out the results of those `cases` that `failed`, and of those of other code than `but`."""
     again = {(case.family, case.head) for case in cases}
-    kept = [r for r in results(out) if "cause" not in r or (r["family"], r["head"]) not in again]
+
+    def stale(result: dict[str, Any]) -> bool:
+        of_other_code = but is not None and result.get("code") != but
+        return (result["family"], result["head"]) in again and (of_other_code or (failed and "cause" in result))
+
+    kept = [r for r in results(out) if not stale(r)]
     if out.exists():
         out.write_text("".join(json.dumps(result) + "\n" for result in kept), encoding="utf-8")
 

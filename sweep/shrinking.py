@@ -37,13 +37,20 @@ class Sizes:
     """Whether sizes that the defaults leave open are chosen."""
 
 
-ABSENT = {
-    r"vocab_size": 131,
-    r"num_experts_per_tok|top_k": 2,
-    r"num_experts|num_local_experts|n_routed_experts": 4,
-    r"n_shared_experts|n_group|topk_group": 1,
+ABSENT: dict[str, Callable[[Sizes], Any]] = {
+    r"vocab_size": lambda _: 131,
+    r"num_experts_per_tok|top_k": lambda _: 2,
+    r"num_experts|num_local_experts|n_routed_experts": lambda _: 4,
+    r"n_shared_experts|n_group|topk_group": lambda _: 1,
+    r"head_dim": lambda sizes: sizes.head,
+    r"layer_types": lambda sizes: ["full_attention"] * sizes.layers,
 }
-"""Sizes that a family may leave open and cannot be built without."""
+"""What a family may leave open and cannot be built without."""
+
+MISSING: dict[str, dict[str, Any]] = {
+    "dbrx": {"attn_config": {"rope_theta": 1e4}},  # read by the model, and no field of the configuration
+}
+"""What some families' defaults lack, so that no model can be built of them."""
 
 LADDER = (
     Sizes(),
@@ -60,7 +67,7 @@ LADDER = (
 def tiny(kind: str, sizes: Sizes) -> PretrainedConfig:
     """The family's default configuration, shrunk. Raises whatever its class raises on values it does not take."""
     default = AutoConfig.for_model(kind)
-    shrunk = _Shrinker(sizes, default).arguments(default)
+    shrunk = _Shrinker(sizes, default).arguments(default) | MISSING.get(kind, {})
     config = AutoConfig.for_model(kind, **shrunk)
     for part in parts(config):
         _settle(part)
@@ -89,9 +96,9 @@ def depths(config: PretrainedConfig) -> dict[str, int]:
 
 def _settle(config: PretrainedConfig) -> None:
     """What a trace wants of every family, set where the family has it."""
-    for name in vars(config):
+    for name, value in list(vars(config).items()):
         if name.endswith("layerdrop") or name in {"drop_path_rate", "stochastic_depth_rate"}:
-            setattr(config, name, 0.0)
+            setattr(config, name, type(value)(0.0 for _ in value) if isinstance(value, (list, tuple)) else 0.0)
         if name == "use_cache":
             config.use_cache = False
     if getattr(config, "pad_token_id", None) is None:
@@ -122,13 +129,14 @@ class _Shrinker:
 
     def arguments(self, config: PretrainedConfig) -> dict[str, Any]:
         """Constructor arguments for every field of `config` that is to differ."""
-        changed: dict[str, Any] = {}
         fields = {n: v for n, v in vars(config).items() if not n.startswith("_") and not isinstance(v, bool)}
-        for name, value in fields.items():
-            new = self._value(name, value, fields)
-            if new is not None and new != value:
-                changed[name] = new
-        return changed | self._total(fields | changed, fields)
+        lists = {n: v for n, v in fields.items() if isinstance(v, (list, tuple)) and not SPECIAL.fullmatch(n)}
+        found = {n: self._value(n, v, fields) for n, v in fields.items() if n not in lists}
+        changed = {n: new for n, new in found.items() if new is not None and new != fields[n]}
+        changed |= self._total(fields | changed, fields)
+        depths = {v: changed.get(n, v) for n, v in fields.items() if isinstance(v, int) and _is_depth(n)}
+        shorter = {n: self._list(v, depths.get(len(v), self.sizes.layers)) for n, v in lists.items()}
+        return changed | {n: new for n, new in shorter.items() if new is not None and new != fields[n]}
 
     def _total(self, new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, int]:
         """A depth that is the sum of all others stays their sum."""
@@ -142,23 +150,21 @@ class _Shrinker:
             return {"model_type": value.model_type, **self.arguments(value)}
         if SPECIAL.fullmatch(name):
             return _special(name, value)
-        if isinstance(value, (list, tuple)):
-            return self._list(name, value)
         if value is None and self.sizes.absent:
-            return next((size for pattern, size in ABSENT.items() if re.fullmatch(pattern, name)), None)
+            return next((size(self.sizes) for pattern, size in ABSENT.items() if re.fullmatch(pattern, name)), None)
         if not isinstance(value, int) or value <= 0:
             return None
         return self._number(name, value, fields)
 
-    def _list(self, name: str, value: list[Any] | tuple[Any, ...]) -> Any:
+    def _list(self, value: list[Any] | tuple[Any, ...], layers: int) -> list[Any] | None:
         """As many entries as there are layers: one of each kind first, then as they come."""
-        if len(value) not in self.depths or len(value) <= self.sizes.layers or isinstance(value, tuple):
+        if len(value) not in self.depths or len(value) <= layers or isinstance(value, tuple):
             return None
         if all(isinstance(v, int) and not isinstance(v, bool) for v in value) and value == sorted(set(value)):
-            return [v for v in value if v < self.sizes.layers]
+            return [v for v in value if v < layers]
         kinds = list(dict.fromkeys(map(str, value)))
         first = [next(v for v in value if str(v) == kind) for kind in kinds]
-        return (first + list(value))[: self.sizes.layers]
+        return (first + list(value))[:layers]
 
     def _number(self, name: str, value: int, fields: Mapping[str, Any]) -> int | None:
         if re.fullmatch(KEPT, name):
@@ -201,6 +207,7 @@ RULES: tuple[tuple[str, Callable[[_Shrinker, int, Mapping[str, Any]], int], bool
         _at_most(1),
         True,
     ),
+    (r"\w+_shared_layers", lambda s, v, f: v * s.sizes.layers // f.get("num_hidden_layers", v), True),
     (LAYERS, lambda s, v, _: min(v, s.sizes.layers), True),
     (r"(\w+_)?vocab_size(_\w+)?|ngram_vocab_size_base|unpadded_vocab_size", _at_most(131), True),
     (r"codebook_size", _at_most(128), True),
@@ -210,7 +217,7 @@ RULES: tuple[tuple[str, Callable[[_Shrinker, int, Mapping[str, Any]], int], bool
         True,
     ),
     (r"(\w+_)?(num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_moe_experts)", _at_most(4), True),
-    (r"(\w+_)?(num_experts_per_tok|num_experts_per_token|topk|top_k|moe_k)|index_topk", _at_most(2), False),
+    (r"(\w+_)?(num_experts_per_tok|num_experts_per_token|topk|top_k|moe_k)", _at_most(2), False),
     (r"n_group|num_expert_group|topk_group", _at_most(1), False),
     (r"(\w+_)?(num_key_value_heads|kv_n_heads|num_kv_heads)", _Shrinker._kv_heads, False),
     (r"qk_head_dim", lambda s, v, _: 24, False),
@@ -232,7 +239,7 @@ RULES: tuple[tuple[str, Callable[[_Shrinker, int, Mapping[str, Any]], int], bool
         False,
     ),
     (
-        r"(\w+_)?(hidden_size|d_model|n_embd|dim|hidden_dim|emb_dim|embed_dim|embedding_size|embedding_dim|width|proj_dim|size_per_layer_input)",
+        r"(\w+_)?(hidden_size(_\w+)?|d_model|n_embd|dim|hidden_dim|emb_dim|embed_dim|embedding_size|embedding_dim|width|proj_dim|size_per_layer_input)",
         _Shrinker._width,
         False,
     ),

@@ -61,10 +61,24 @@ def _counted(rows: Sequence[Result], wanted: Sequence[Case]) -> list[str]:
         "",
         f"What stopped the others: {stopped or 'nothing'}.",
         "",
+        *_times(rows, len(wanted)),
         f"Versions: transformers {transformers.__version__}, torch {torch.__version__}, onnxruntime "
         f"{onnxruntime.__version__}, Python {platform.python_version()}.",
         "",
         "Left out: " + "; ".join(f"{family} ({why})" for family, why in EXCEPTIONS.items()) + ".",
+    ]
+
+
+def _times(rows: Sequence[Result], count: int) -> list[str]:
+    """What a case took of a processor, and what all would take of two, as far as they were timed so."""
+    seconds = [float(r["seconds"]) for r in rows if r.get("code")]
+    if not seconds:
+        return []
+    mean = sum(seconds) / len(seconds)
+    return [
+        f"A case takes {mean:.0f} seconds of one core, {max(seconds):.0f} at most, told by {len(seconds)}; all {count} "
+        f"take {mean * count / 120:.0f} minutes on two cores.",
+        "",
     ]
 
 

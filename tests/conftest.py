@@ -39,6 +39,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {**_SMALL, **_TEXT, "num_key_value_heads": 2},
     "qwen3": {**_SMALL, **_TEXT, "num_key_value_heads": 2, "head_dim": 8},
     "gemma2": {**_SMALL, **_TEXT, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16},
+    "gemma3_text": {**_SMALL, **_TEXT, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16,
+                    "layer_types": ["sliding_attention", "full_attention"]},
+    "mistral": {**_SMALL, **_TEXT, "num_key_value_heads": 2, "sliding_window": 16},
     "t5": {**_ENCODER_DECODER, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2,
            "num_heads": 4, "vocab_size": 100, "pad_token_id": 0},
     "bart": {**_ENCODER_DECODER, **_TEXT, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
@@ -46,7 +49,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
              "bos_token_id": 2, "forced_eos_token_id": None},
 }  # fmt: skip
 HEADS = {"gpt2": "causal-lm", "gpt_neox": "causal-lm", "opt": "causal-lm", "llama": "causal-lm", "qwen3": "causal-lm",
-         "gemma2": "causal-lm", "t5": "seq2seq-lm", "bart": "seq2seq-lm"}  # fmt: skip
+         "gemma2": "causal-lm", "gemma3_text": "causal-lm", "mistral": "causal-lm",
+         "t5": "seq2seq-lm", "bart": "seq2seq-lm"}  # fmt: skip
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "fine", "great", "bad", "poor", "dull", "the", "a", "film", "was")
 
 Tiny = Callable[..., "PreTrainedModel"]

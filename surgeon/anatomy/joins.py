@@ -121,24 +121,29 @@ def _join(reading: Reading, root: Node, moving: int) -> JoinOp | None:
     best: tuple[Node, Node, list[tuple[Node, Node]]] | None = None
     for skip, _ in leaves:
         stream = facts.strip(skip, reading.norms)
-        branches = [(u, add) for u, add in leaves if u is not skip and facts.interval(stream, u) & moving]
-        branches = [(u, add) for u, add in branches if facts.is_above(stream, u) and _ends_projected(reading, u)]
+        ends = {u: facts.written(add, u) for u, add in leaves}
+        branches = [(u, add) for u, add in leaves if u is not skip and facts.interval(stream, ends[u]) & moving]
+        branches = [(u, add) for u, add in branches if facts.is_above(stream, ends[u])]
+        branches = [(u, add) for u, add in branches if _ends_projected(reading, ends[u], stream)]
         if branches and (best is None or len(branches) > len(best[2])):
             best = (skip, stream, branches)
     if best is None:
         return None
     skip, stream, branches = best
-    sublayers = tuple(Sublayer(u, add, facts.interval(stream, u), "", ()) for u, add in branches)
+    sublayers = tuple(Sublayer(u, add, facts.interval(stream, facts.written(add, u)), "", ()) for u, add in branches)
     interval = 0
     for sublayer in sublayers:
         interval |= sublayer.own
     return JoinOp(root, skip, stream, sublayers, interval)
 
 
-def _ends_projected(reading: Reading, value: Node) -> bool:
-    """Whether a weighted op (or a transform over positions) comes last, before any product of activations."""
+def _ends_projected(reading: Reading, value: Node, stream: Node) -> bool:
+    """Whether a weighted op (or a transform over positions) comes last, before any product of activations.
+
+    Looked for up to the stream: what is only smoothed by a depthwise convolution before it is added is no sublayer.
+    """
     facts = reading.facts
-    todo, seen = [value], {value}
+    todo, seen = [value], {value, stream}
     while todo:
         node = todo.pop(todo.index(max(todo, key=facts.position.__getitem__)))
         op = facts.op[node]
@@ -177,24 +182,30 @@ def _told_apart(reading: Reading, join: JoinOp, every: list[JoinOp]) -> JoinOp:
         own = sublayer.own & ~nested
         cores = tuple(core for node, core in reading.cores.items() if own & facts.bit(node))
         sublayers.append(replace(sublayer, own=own, cores=cores, kind=_kind(reading, own, cores)))
-    return replace(join, sublayers=tuple(_merged(facts, sublayers, join.root)))
+    return replace(join, sublayers=tuple(_merged(reading, sublayers, join.root)))
 
 
-def _merged(facts: Facts, sublayers: list[Sublayer], root: Node) -> list[Sublayer]:
-    """Feed-forwards that are summed before they join the stream are one: routed and shared experts."""
+def _merged(reading: Reading, sublayers: list[Sublayer], root: Node) -> list[Sublayer]:
+    """What is summed before it joins the stream and is one sublayer.
+
+    Such are feed-forwards, routed and shared experts; and a value with what is made of that very value.
+    """
+    facts = reading.facts
     by_add: dict[Node, list[Sublayer]] = {}
     for sublayer in sublayers:
         by_add.setdefault(sublayer.add, []).append(sublayer)
     merged: list[Sublayer] = []
     for add, group in by_add.items():
-        if add is root or len(group) < 2 or not all(s.kind in {"ffn", "moe"} for s in group):
+        follows = any(a.own & facts.bit(b.value) for a in group for b in group if a is not b)
+        if add is root or len(group) < 2 or not (follows or all(s.kind in {"ffn", "moe"} for s in group)):
             merged += group
             continue
         value, consumer = add, facts.users[add][0]
         while facts.op[consumer] != "add":
             value, consumer = consumer, facts.users[consumer][0]
-        kind = "moe" if any(s.kind == "moe" for s in group) else "ffn"
-        merged.append(Sublayer(value, consumer, group[0].own | group[1].own | facts.bit(add), kind, ()))
+        own = group[0].own | group[1].own | facts.bit(add)
+        cores = tuple(dict.fromkeys(core for s in group for core in s.cores))
+        merged.append(Sublayer(value, consumer, own, _kind(reading, own, cores), cores))
     return merged
 
 
@@ -207,9 +218,18 @@ def _kind(reading: Reading, own: int, cores: tuple[Core, ...]) -> str:
         return "moe"
     mixing = MIXERS | PRODUCTS | CONVOLUTIONS
     plain = {n for n, w in reading.weighted.items() if facts.op[n] not in CONVOLUTIONS or _pointwise(w)}
+    plain |= {n for n in nodes if n in reading.weighted and _smooths(reading, n, own)}
     return "mixer" if any(facts.op[n] in mixing and n not in plain for n in nodes) else "ffn"
 
 
 def _pointwise(weighted: WeightedOp) -> bool:
     value = weighted.weight.meta["val"]
     return all(int(size) == 1 for size in value.shape[2:])
+
+
+def _smooths(reading: Reading, node: Node, own: int) -> bool:
+    """Whether it is a depthwise convolution behind the last projection of a sublayer."""
+    facts = reading.facts
+    full = facts.bits(n for n, w in reading.weighted.items() if not w.depthwise) & own
+    at = facts.position[node]
+    return reading.weighted[node].depthwise and bool(facts.above[at] & full) and not facts.below[at] & full

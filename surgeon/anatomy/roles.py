@@ -42,9 +42,10 @@ def parts(reading: Reading, place: Place) -> list[Part]:
 
 def downs(reading: Reading, place: Place) -> list[WeightedOp]:
     """The sublayer's last linears: those nearest above what it adds to the stream."""
-    facts = reading.facts
-    own = {n: w for n, w in reading.weighted.items() if place.sublayer.own & facts.bit(n) and not _routes(reading, w)}
-    return [own[n] for n in facts.nearest_above(place.sublayer.value, own, [place.join.stream])]
+    facts, sublayer = reading.facts, place.sublayer
+    own = {n: w for n, w in reading.weighted.items() if sublayer.own & facts.bit(n) and not w.depthwise}
+    own = {n: w for n, w in own.items() if not _routes(reading, w)}
+    return [own[n] for n in facts.nearest_above(facts.written(sublayer.add, sublayer.value), own, [place.join.stream])]
 
 
 def _routes(reading: Reading, op: WeightedOp) -> bool:

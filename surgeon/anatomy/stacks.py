@@ -143,11 +143,13 @@ def _layers(reading: Reading, chain: Stack, kinds: dict[Sublayer, str]) -> tuple
 
 
 def _by_structure(chain: Stack, kinds: dict[Sublayer, str]) -> list[int]:
-    layer, fed, layers = 0, False, []
-    for join in chain.joins:
+    """A layer begins at a mixing that follows a feed-forward; where there are none, at every mixing."""
+    layer, layers = 0, []
+    fed = feedless = not any(kinds[s] in {"ffn", "moe"} for join in chain.joins for s in join.sublayers)
+    for at, join in enumerate(chain.joins):
         mixes = any(kinds[s] in {"attention", "mixer"} for s in join.sublayers)
-        if mixes and fed:
-            layer, fed = layer + 1, False
+        if mixes and fed and at:
+            layer, fed = layer + 1, feedless
         fed = fed or any(kinds[s] in {"ffn", "moe"} for s in join.sublayers)
         layers.append(layer)
     return layers

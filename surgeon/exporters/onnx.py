@@ -25,6 +25,7 @@ from surgeon.base.checkpoint import Checkpoint
 from surgeon.errors import InvariantError, TraceError
 from surgeon.exporters.exported import exported
 from surgeon.exporters.layout import laid_out
+from surgeon.exporters.pairs import paired
 from surgeon.exporters.places import DATA, HALVES, Held, held_by, key, outside, place, save
 from surgeon.exporters.quantise import quantised
 from surgeon.exporters.rotary import turned
@@ -124,7 +125,7 @@ def _check(model: ir.Model, path: Path) -> None:
 def convert(program: Program, opset: int, weights: str = "copy", outputs: Sequence[str] = ()) -> ir.Model:
     """The program as an ONNX model in memory, with the `outputs` it has beside the usual ones."""
     deltas = program.ledger.deltas
-    source = quantised(copied(program.graph_module), program, weights)
+    source = paired(quantised(copied(program.graph_module), program, weights))
     if program.shares_cache:
         source = turned(shared(source, program))
     source = laid_out(source, program, turned=weights not in OUTSIDE)

@@ -36,7 +36,7 @@ def export_task(
         raise SpecError(f"there is no format '{to}'", there_is=FORMATS, try_=did_you_mean(to, FORMATS))
     out = Path(out)
     check_writable(out)
-    compiled = load(build, progress=progress)
+    compiled = load(build, writes=False, progress=progress)
     if task not in compiled.tasks:
         raise SpecError(f"there is no task '{task}'", there_is=compiled.tasks, try_=did_you_mean(task, compiled.tasks))
     config, tensors = FORMATS[to](compiled, task)

@@ -72,7 +72,7 @@ def import_tasks(
     report = progress or (lambda _: None)
     report("reading the folders")
     checkpoints = {task: read(folder, allow_pickle=allow_pickle) for task, folder in folders.items()}
-    compiled = load(build, progress=progress)
+    compiled = load(build, writes=False, progress=progress)
     imported = [fill(compiled, t, c, ignore_base_name=ignore_base_name) for t, c in checkpoints.items()]
     for task in checkpoints:
         report(f"packing {task}")

@@ -16,16 +16,7 @@ from onnxruntime import LoraAdapter, OrtValue, RunOptions
 from surgeon.errors import BuildError, SpecError
 from surgeon.runtime.fit import check_base, check_task, columns
 from surgeon.runtime.manifest import Manifest
-from surgeon.runtime.taskfile import (
-    SUFFIX,
-    Array,
-    Bytes,
-    parse_adapter,
-    private_copy,
-    private_file,
-    read_checked,
-    write_adapter,
-)
+from surgeon.runtime.taskfile import SUFFIX, Array, parse_adapter, private_copy, private_file, write_adapter
 
 
 @dataclass(frozen=True)
@@ -48,8 +39,8 @@ class RunnableTask:
     """A loaded task. A run holds on to it, so that removing or replacing it meanwhile disturbs no run."""
 
     info: TaskInfo
-    adapter: LoraAdapter
     path: Path
+    _loaded: list[LoraAdapter] = field(default_factory=list)
     _reduced: dict[int, RunnableTask] = field(default_factory=dict)
     _values: dict[str, OrtValue] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -69,9 +60,10 @@ class RunnableTask:
 
     def tensors(self) -> Mapping[str, Array]:
         """What the task consists of, by name. Raises BuildError where its session was closed meanwhile."""
-        if not self.path.exists():
-            raise BuildError("the session was closed meanwhile", where=self.info.name)
-        return read_checked(self.path)
+        try:
+            return parse_adapter(self.path, self.path.read_bytes(), str(self.path)).tensors
+        except FileNotFoundError as error:
+            raise self._closed() from error
 
     def _reduce(self, manifest: Manifest, layers: int) -> RunnableTask:
         """A task file without those tensors: to ONNX Runtime a missing one is its default."""
@@ -79,18 +71,32 @@ class RunnableTask:
         left = {name: tensor for name, tensor in self.tensors().items() if name not in dropped}
         path = self.path.with_name(f"{self.path.name.removesuffix(SUFFIX)}.drop-{layers}{SUFFIX}")
         write_adapter(path, left, manifest.base.fingerprint)
-        return _runnable(self.info, path)
+        return _runnable(manifest, self.info, path)
 
     def values(self) -> Mapping[str, OrtValue]:
         """The task's tensors, to be bound by name where ONNX Runtime ignores adapters; read at the first call."""
         with self._lock:
             if not self._values:
-                self._values.update({n: OrtValue.ortvalue_from_numpy(t) for n, t in read_checked(self.path).items()})
+                self._values.update({n: OrtValue.ortvalue_from_numpy(t) for n, t in self.tensors().items()})
             return self._values
+
+    def load(self) -> LoraAdapter:
+        """The task as ONNX Runtime's runs take it, which maps its file into memory; loaded once, at the first call."""
+        with self._lock:
+            if not self._loaded:
+                if not self.path.exists():
+                    raise self._closed()
+                adapter = LoraAdapter()
+                adapter.Load(str(self.path))
+                self._loaded.append(adapter)
+            return self._loaded[0]
 
     def activate(self, options: RunOptions) -> None:
         """Make a run use this task. ONNX Runtime keeps a bare pointer: hold the task until the run is over."""
-        options.add_active_adapter(self.adapter)
+        options.add_active_adapter(self.load())
+
+    def _closed(self) -> BuildError:
+        return BuildError("the session was closed meanwhile", where=self.info.name)
 
 
 def load_task(
@@ -121,24 +127,22 @@ def load_task(
         sizes=MappingProxyType(sizes),
         parameters=sum(array.size for array in file.tensors.values()),
     )
-    return _runnable(info, copy)
+    return _runnable(manifest, info, copy)
 
 
-def load_checked(info: TaskInfo, data: Bytes, directory: Path) -> RunnableTask:
+def load_checked(manifest: Manifest, info: TaskInfo, data: bytes, directory: Path) -> RunnableTask:
     """Load the bytes of a task file that was checked before, from a copy in the private `directory`."""
-    return _runnable(info, private_file(data, directory))
+    return _runnable(manifest, info, private_file(data, directory))
 
 
-def _runnable(info: TaskInfo, path: Path) -> RunnableTask:
-    """Load a checked file, which goes when the task does."""
-    adapter = LoraAdapter()
-    try:
-        adapter.Load(str(path))
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    task = RunnableTask(info, adapter, path)
+def _runnable(manifest: Manifest, info: TaskInfo, path: Path) -> RunnableTask:
+    """A task of a checked file, which goes when the task does. Where texts are written its tensors are bound instead
+    of loaded, and both would be in memory.
+    """
+    task = RunnableTask(info, path)
     weakref.finalize(task, path.unlink, missing_ok=True)
+    if manifest.generation is None:
+        task.load()
     return task
 
 

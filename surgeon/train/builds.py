@@ -72,7 +72,7 @@ def train_build(
     known = {task: _kind(build, task) for task in tasks}
     # A mistake in the data shows before the base is read.
     early = {task: _rows(of, files[task], columns) for task, of in known.items() if of is not None}
-    compiled = load(build, progress=say)
+    compiled = load(build, writes=False, progress=say)
     models = {task: compiled.model(task) for task in tasks}
     for model in models.values():
         model.to(place)

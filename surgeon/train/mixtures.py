@@ -126,7 +126,7 @@ def build_mixtures(
     if task not in tasks:
         raise SpecError(f"there is no task '{task}'", there_is=tasks, try_=did_you_mean(task, tasks))
     texts = read_texts(data, text_column)
-    compiled = load(build, progress=say)
+    compiled = load(build, writes=False, progress=say)
     model, tokenizer = compiled.model(task), load_tokenizer(build, compiled.base.max_length)
     say("looking at the texts")
     found = mixtures(model, tokenizer, texts, max_length=max_length)

@@ -36,6 +36,15 @@ def test_every_case_is_kept_as_it_comes_and_run_once(tmp_path: Path) -> None:
     assert [r["family"] for r in results(out)] == ["bert", "gpt2"]
 
 
+def test_results_of_other_code_can_be_run_anew(tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    run([GOOD], ok, out, limits=LIMITS, code="old")
+    run([GOOD, BAD], ok, out, limits=LIMITS, code="new")
+    assert {r["family"]: r["code"] for r in results(out)} == {"bert": "old", "gpt2": "new"}
+    forget(out, [GOOD, BAD], failed=False, but="new")
+    assert [r["family"] for r in results(out)] == ["gpt2"]
+
+
 def hungry(case: Case, notes: dict[str, Any]) -> None:
     notes["step"] = "trace"
     bytearray(2**30)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from transformers.modeling_outputs import CausalLMOutput
 
 import surgeon
 from surgeon.anatomy import find
@@ -134,12 +135,9 @@ class Lab:
                 parameter.add_(by * torch.randn(parameter.shape, generator=noise))
         return model
 
-    def writers(
-        self, model: PreTrainedModel, surgery: Sequence[Mapping[str, Any]], modes: Sequence[str] = ("switch",)
-    ) -> Compiled:
+    def writers(self, model: PreTrainedModel, surgery: Sequence[Mapping[str, Any]]) -> Compiled:
         """Two tasks that write and are not the base."""
-        export = {"generate": True, "modes": list(modes)}
-        spec = {"surgery": list(surgery), "tasks": {"a": {}, "b": {}}, "export": export}
+        spec = {"surgery": list(surgery), "tasks": {"a": {}, "b": {}}, "export": {"generate": True}}
         made = surgeon.compile(spec, base=model)
         for seed, task in enumerate(made.tasks):
             self.move(made.model(task), seed=seed).eval()
@@ -244,15 +242,16 @@ def lab(tiny: Callable[..., PreTrainedModel]) -> Lab:
 
 
 class Decoding:
-    """Oracles of what decoders write."""
+    """Oracles of what is written."""
 
     def __init__(self, lab: Lab) -> None:
         self._lab = lab
 
     def base(self, kind: str) -> PreTrainedModel:
         """A base with room for long texts that never ends one."""
-        room = {"n_positions": 128} if kind == "gpt2" else {"max_position_embeddings": 128}
-        return self._lab.base(kind, "causal-lm", eos_token_id=None, **room)
+        rooms: dict[str, dict[str, int]] = {"gpt2": {"n_positions": 128}, "t5": {}}
+        room = rooms.get(kind, {"max_position_embeddings": 128})
+        return self._lab.base(kind, eos_token_id=None, **room)
 
     @staticmethod
     def uncached(model: nn.Module, prompt: Sequence[int], count: int) -> list[int]:
@@ -265,14 +264,25 @@ class Decoding:
         return ids[0, len(prompt) :].tolist()
 
     @staticmethod
-    def by_transformers(model: PreTrainedModel, prompt: Sequence[int], count: int) -> list[int]:
-        """What `generate` writes greedily."""
+    def by_transformers(
+        model: PreTrainedModel, prompt: Sequence[int], count: int, trained: nn.Module | None = None
+    ) -> list[int]:
+        """What `generate` writes greedily; with what was `trained`, which keeps no cache, in the model's place."""
         ids = torch.tensor([list(prompt)])
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        both = model.config.is_encoder_decoder
+        if trained is not None:
+            model, names = copy.copy(model), ("input_ids", "attention_mask", "decoder_input_ids")
+
+            def forward(**said: Any) -> Any:
+                read = given | {"decoder_input_ids": said["decoder_input_ids"]} if both else said
+                return CausalLMOutput(logits=trained(**{name: read[name] for name in names if name in read}).logits)
+
+            model.forward = forward
         generate: Callable[..., Tensor] = model.generate
-        found = generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
-        )
-        return found[0, len(prompt) :].tolist()
+        cached = {} if trained is None else {"use_cache": False}
+        found = generate(**given, max_new_tokens=count, do_sample=False, pad_token_id=0, **cached)
+        return found[0, 1 if both else len(prompt) :].tolist()
 
     @staticmethod
     def merged(made: Compiled) -> PreTrainedModel:

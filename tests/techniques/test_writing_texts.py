@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -157,6 +162,39 @@ def test_an_interrupted_stream_leaves_the_session_usable(session: surgeon.Sessio
     with pytest.raises(KeyboardInterrupt):
         session.generate(["w3 w4"], "a", stream=interrupt)
     assert session.generate(["w3 w4"], "a", max_new_tokens=3)[0].reason == "length"
+
+
+def test_an_interrupted_command_has_said_what_there_was(
+    talker: tuple[Compiled, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Screen(io.StringIO):
+        """Interrupts this process at the third piece."""
+
+        def write(self, text: str) -> int:
+            written = super().write(text)
+            if self.getvalue().count("w") == 3 and text.strip():
+                signal.raise_signal(signal.SIGINT)
+            return written
+
+    screen, before = Screen(), signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(sys, "stdout", screen)
+    try:
+        code = main(["run", str(talker[1]), "--stream", "w3 w4", "w9"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (code, len(screen.getvalue().split()), screen.getvalue()[-1]) == (130, 3, "\n")
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_graph_with_the_cache_of_another_build_is_refused(talker: tuple[Compiled, Path], tmp_path: Path) -> None:
+    build = Path(shutil.copytree(talker[1], tmp_path / "build"))
+    graph = onnx.load(build / "model.onnx", load_external_data=False)
+    next(i for i in graph.graph.input if i.name == "past_key_1").type.tensor_type.shape.dim[1].dim_value = 4
+    onnx.save(graph, build / "model.onnx")
+    with pytest.raises(BuildError, match=r"model\.onnx has"):
+        surgeon.Session(build)
+    with pytest.raises(BuildError, match=r"inputs are not those of the manifest(?s:.*)past_key_1"):
+        surgeon.Session(build, verify=False)
 
 
 def test_a_text_ends_where_the_base_has_no_positions_left(lab: Lab, session: surgeon.Session) -> None:

@@ -143,6 +143,30 @@ def test_packing_steps_as_padding_does(fresh, tokenizer):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 
 
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_an_interrupted_run_over_texts_ends_where_an_unbroken_one_does(fresh, tokenizer, tmp_path, packing):
+    """Completions and conversations, five steps of six."""
+    model = fresh("llama")
+    born = {n: t.clone() for n, t in model.state_dict().items()}
+    rows = [*ROWS, *(Chat(({"role": "user", "content": f"w{i}"}, TALK[1])) for i in range(4))]
+    options = OPTIONS.model_copy(update={"checkpoint_steps": 2, "packing": packing})
+    unbroken = train_task(model, tokenizer, rows, ROWS, options)
+    wanted = {n: t.clone() for n, t in model.state_dict().items()}
+
+    def interrupt(now):
+        if now.step == 5:
+            raise KeyboardInterrupt
+
+    model.load_state_dict(born)
+    with pytest.raises(KeyboardInterrupt):
+        train_task(model, tokenizer, rows, ROWS, options, checkpoint_dir=tmp_path, progress=interrupt)
+    resumed = train_task(model, tokenizer, rows, ROWS, options, checkpoint_dir=tmp_path)
+    assert (resumed.resumed_from, resumed.steps) == (4, unbroken.steps)
+    assert resumed.history == unbroken.history
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, wanted[name])
+
+
 def test_what_cannot_be_packed_is_told(fresh, tokenizer, tiny):
     options = OPTIONS.model_copy(update={"packing": True})
     with pytest.raises(SpecError, match="rows of this task are not packed"):
@@ -249,16 +273,17 @@ def test_what_a_base_does_not_bring_is_told(tokenizer, fresh):
 
 @pytest.fixture(scope="module")
 def built(tiny, tmp_path_factory):
-    """A build over a folder with tokenizer and chat template, and rows of both sorts."""
+    """A build that writes, over a folder with tokenizer and chat template, and rows of both sorts."""
     folder = tmp_path_factory.mktemp("writer")
     base = tiny("llama", initializer_range=0.2)
-    base.config.eos_token_id = 1
+    base.config.eos_token_id = base.generation_config.eos_token_id = 1
     base.save_pretrained(folder / "base")
     write_tokenizer(folder / "base")
     spec = {
         "base": {"model": str(folder / "base"), "head": "causal-lm"},
         "surgery": [{"lora": {"rank": 8, "where": ["attention", "ffn"]}}],
         "tasks": {"a": {}},
+        "export": {"generate": True},
     }
     surgeon.compile(spec, out=folder / "build")
     lines = [{"prompt": f"w{i} is", "completion": f"c{i} c{i + 1}"} for i in range(4)]
@@ -273,14 +298,19 @@ def weights(build: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def test_what_is_trained_answers_in_onnx_runtime(built, tmp_path):
+def test_what_is_trained_is_written_by_onnx_runtime(built, tmp_path):
     build, rows = Path(shutil.copytree(built / "build", tmp_path / "build")), built / "rows.jsonl"
     options = TrainOptions(epochs=40, learning_rate=2e-2, batch_size=7, threads=1)
-    result = train_build(build, {"a": Files(rows, rows)}, options=options)
+    said: list[str] = []
+    result = train_build(build, {"a": Files(rows, rows)}, options=options, report=said.append)
     assert result.history[result.best_epoch - 1].exact_match == 1
+    assert not any("cache" in step for step in said)  # what writes is not needed to train
     with surgeon.Session(build, threads=1) as session:
-        assert written(session, "w2 is") == "c2 c3 </s>"
-        assert written(session, "<u> w3 </s> <a>") == "c3 </s>"
+        talk = [{"role": "user", "content": "w3"}]
+        found = session.generate(["w2 is", talk], "a")
+        assert [(row.text, row.reason) for row in found] == [("c2 c3", "end"), ("c3", "end")]
+    with pytest.raises(SpecError, match="loaded without what writes texts"):
+        surgeon.load(build, writes=False).save(tmp_path / "again")
 
 
 def test_two_processes_train_what_one_does(built, tmp_path):
@@ -320,14 +350,3 @@ def test_two_processes_train_what_one_does(built, tmp_path):
 def flat(epoch: dict[str, Any]) -> dict[str, float]:
     """An epoch's figures, those of single tasks among them."""
     return {**epoch, **epoch["accuracies"], "accuracies": len(epoch["accuracies"])}
-
-
-def written(session: surgeon.Session, prompt: str) -> str:
-    """Greedy decoding, one whole pass a token."""
-    ids = [WORDS.index(word) for word in prompt.split()]
-    start = len(ids)
-    while ids[-1] != 1 or len(ids) == start:
-        ids.append(int(session.run({"input_ids": np.array([ids])}, "a")["logits"][0, -1].argmax()))
-        if len(ids) > start + 5:
-            break
-    return spelled(ids[start:])

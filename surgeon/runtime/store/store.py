@@ -104,7 +104,7 @@ class TaskStore:
         """A task ready to run, its file a copy in `directory`. Raises as `info`."""
         version = self.version(name)
         data, found = self._read(name)
-        return Stored(load_checked(found.info, data, directory), version, len(data))
+        return Stored(load_checked(self._manifest, found.info, data, directory), version, len(data))
 
     def unknown(self, name: str) -> SpecError:
         """The error for a name that no task has."""
@@ -116,7 +116,7 @@ class TaskStore:
             try_=did_you_mean(str(name), names) if len(names) <= 1000 else None,
         )
 
-    def _read(self, name: str) -> tuple[memoryview, Seal]:
+    def _read(self, name: str) -> tuple[bytes, Seal]:
         whole = self._tried(lambda: self._place.read(name + SUFFIX)) if _nameable(name) else None
         if whole is None:
             raise self.unknown(name)
