@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-generation test lint sweep architectures bench bench-generation bench-serving soak counts quality quality-fusion ray goldens docs clean
+.PHONY: help setup demo demo-generation test lint sweep architectures bench bench-generation bench-many bench-serving soak counts quality quality-fusion ray goldens docs clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -53,7 +53,10 @@ bench-generation: setup .venv/smollm2 ## writing texts against plain ONNX Runtim
 bench-serving: setup ## the server under rising load, 1 to 10,000 tasks, against FastAPI with PEFT (5 minutes)
 	$(BIN)/python -m benchmarks.serving
 
-soak: setup ## ten minutes of mixed load with changing tasks and bad clients: no wrong answer, memory flat (SECONDS=600)
+bench-many: setup ## loading, calling and holding thousands of tasks; several tasks a text; writes docs/benchmarks-many.md (5 minutes)
+	$(BIN)/python -m benchmarks.many
+
+soak: setup ## ten minutes of mixed load on two servers, one killed now and then, with changing tasks and bad clients: no wrong answer, memory flat (SECONDS=600)
 	$(BIN)/python -m benchmarks.soak --seconds $(or $(SECONDS),600)
 
 counts: setup ## parameter counts on the papers' own configurations; writes docs/counts.md

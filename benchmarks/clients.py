@@ -5,9 +5,11 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ import numpy as np
 from surgeon.runtime import Manifest
 
 TOKEN = "soak-soak-soak"
+PATIENCE = 60.0
+"""Seconds after which a request that nobody answers is given up."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,27 @@ class Process:
 
     port: int
     process: subprocess.Popen[str]
+    faults: list[str]
+    reader: threading.Thread
+
+    def stop(self) -> None:
+        """Ask it to end, which it must do in peace."""
+        self.process.terminate()
+        code = self._end()
+        if code or self.faults:
+            raise RuntimeError(f"the server ended with {code}: {self.faults[:3]}")
+
+    def kill(self) -> None:
+        """End it at once, whatever it is at."""
+        self.process.kill()
+        self._end()
+
+    def _end(self) -> int:
+        code = self.process.wait(60)
+        self.reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return code
 
     @property
     def resident(self) -> int:
@@ -37,7 +62,16 @@ class Process:
 
 @contextmanager
 def served(*arguments: str) -> Iterator[Process]:
-    """`surgeon serve` with these arguments, on a free port, until the end of the block; then it must stop in peace."""
+    """`surgeon serve` with these arguments until the end of the block."""
+    process = start(*arguments)
+    try:
+        yield process
+    finally:
+        process.stop()
+
+
+def start(*arguments: str) -> Process:
+    """`surgeon serve` with these arguments, on a free port."""
     command = [sys.executable, "-m", "surgeon", "serve", *arguments, "--port", "0"]
     environment = {**os.environ, "SURGEON_ADMIN_TOKEN": TOKEN}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
@@ -52,15 +86,7 @@ def served(*arguments: str) -> Iterator[Process]:
     faults: list[str] = []
     reader = threading.Thread(target=lambda: faults.extend(x for x in process.stderr or () if '"traceback"' in x))
     reader.start()
-    try:
-        yield Process(next(line["port"] for line in said if line["event"] == "listening"), process)
-    finally:
-        process.terminate()
-        code = process.wait(60)
-        reader.join()
-        process.stderr.close()
-    if code or faults:
-        raise RuntimeError(f"the server ended with {code}: {faults[:3]}")
+    return Process(next(line["port"] for line in said if line["event"] == "listening"), process, faults, reader)
 
 
 class Client:
@@ -79,17 +105,50 @@ class Client:
         answer = self._connection.getresponse()
         return answer.status, answer.read()
 
-    def infer(self, task: str, texts: Sequence[str]) -> tuple[int, Any]:
-        """Status, and the logits or the error."""
-        status, body = self.send("POST", f"/v2/models/{task}/infer", asked(texts))
-        if status != 200:
-            return status, body
-        tensor = json.loads(body)["outputs"][0]
-        return status, np.array(tensor["data"], np.float32).reshape(tensor["shape"])
-
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
+
+
+class Retrying:
+    """A client of several replicas: where one does not answer, another is asked."""
+
+    def __init__(self, replicas: Sequence[Process], rng: random.Random) -> None:
+        self._replicas, self._rng = replicas, rng
+        self._clients: dict[int, Client] = {}
+        self.retried = 0
+        """How often the last request was sent again."""
+
+    def send(self, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, bytes]:
+        """Status and body. Raises what the last replica failed with, where none answers for long."""
+        self.retried, end = 0, time.monotonic() + PATIENCE
+        while True:
+            port = self._rng.choice(self._replicas).port
+            client = self._clients.setdefault(port, Client(port))
+            try:
+                return client.send(method, path, body, **headers)
+            except (OSError, http.client.HTTPException):
+                self._clients.pop(port).close()
+                self.retried += 1
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
+
+    def infer(self, task: str, texts: Sequence[str]) -> tuple[int, Any]:
+        """Status, and the logits or the error."""
+        status, body = self.send("POST", f"/v2/models/{task}/infer", asked(texts))
+        return status, logits(body) if status == 200 else body
+
+    def close(self) -> None:
+        """Close all connections."""
+        for client in self._clients.values():
+            client.close()
+
+
+def logits(body: bytes) -> np.ndarray:
+    """The first output of an answer."""
+    tensor = json.loads(body)["outputs"][0]
+    return np.array(tensor["data"], np.float32).reshape(tensor["shape"])
 
 
 def asked(texts: Sequence[str]) -> bytes:

@@ -1,7 +1,8 @@
-"""A server under mixed load while tasks come, change and go, among bad requests and slow clients; `make soak`.
+"""Servers under mixed load while tasks come, change and go, among bad requests and slow clients; `make soak`.
 
-Every answer is compared with what its task alone gives. A task that changed while a request was under way may answer as
-either; nothing else is right. Memory must stay flat.
+Two of them share a store, and one is killed and started again now and then; its clients ask the other. Every answer is
+compared with what its task alone gives. A task that changed while a request was under way may answer as either; nothing
+else is right. Memory of the server that lives must stay flat.
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.clients import TOKEN, Client, Process, random_task, served
+from benchmarks.clients import TOKEN, Client, Process, Retrying, random_task, start
 from surgeon import Session
 from surgeon.runtime import read_manifest
 from surgeon.runtime.store import TaskStore
 from surgeon.runtime.taskfile import SUFFIX, write_adapter
 
-STABLE, CHANGING, VARIANTS, CALLERS = 40, 8, 4, 4
+STABLE, CHANGING, VARIANTS, CALLERS, REPLICAS = 40, 8, 4, 4, 2
+LIFE = 20.0
+"""Seconds at most between a server's start and its end."""
 TEXTS = ("a fine film", "the film was dull", "good", "bad bad film", "it was a great film and a fine one the whole way")
 BAD: tuple[tuple[str, str, bytes], ...] = (
     ("POST", "/v2/models/s0/infer", b"{"),
@@ -61,7 +65,8 @@ class History:
 class Soak:
     """One run."""
 
-    server: Process
+    replicas: list[Process]
+    begin: Callable[[], Process]
     store: TaskStore
     files: list[Path]
     right: dict[tuple[int, str], np.ndarray]
@@ -74,13 +79,13 @@ class Soak:
     def run(self, seconds: float) -> None:
         """All clients until the end of the time."""
         work: list[Callable[[], None]] = [lambda i=i: self.call(i) for i in range(CALLERS)]  # type: ignore[misc]
-        work += [self.change, self.misbehave, self.dawdle]
+        work += [self.change, self.misbehave, self.dawdle, lambda: self.kill(min(LIFE, seconds / 6))]
         threads = [threading.Thread(target=self._guarded, args=(one,)) for one in work]
         for thread in threads:
             thread.start()
         end = time.monotonic() + seconds
         while time.monotonic() < end and not self.wrong:
-            self.memory.append(self.server.resident)
+            self.memory.append(self.replicas[0].resident)
             time.sleep(min(1.0, seconds / 60))
         self.over.set()
         for thread in threads:
@@ -94,7 +99,8 @@ class Soak:
 
     def call(self, seed: int) -> None:
         """Ask, and compare every answer."""
-        rng, client = random.Random(seed), Client(self.server.port)
+        rng = random.Random(seed)
+        client = Retrying(self.replicas, rng)
         while not self.over.is_set():
             texts = rng.sample(TEXTS, rng.randint(1, 2))
             changing = rng.random() < 0.3
@@ -102,6 +108,7 @@ class Soak:
             begun = time.monotonic()
             status, found = client.infer(name, texts)
             ended = time.monotonic()
+            self.counts["asked again"] += client.retried
             allowed = self.histories[name].during(begun, ended) if changing else {int(name[1:])}
             self._judge(name, texts, status, found, allowed)
         client.close()
@@ -122,7 +129,8 @@ class Soak:
 
     def change(self) -> None:
         """Add, replace and remove, by the admin route and behind the server's back by turns."""
-        rng, client = random.Random(7), Client(self.server.port)
+        rng = random.Random(7)
+        client = Retrying(self.replicas, rng)
         headers = {"authorization": f"Bearer {TOKEN}"}
         while not self.over.wait(0.02):
             name, variant = f"c{rng.randrange(CHANGING)}", STABLE + rng.randrange(VARIANTS)
@@ -131,7 +139,7 @@ class Soak:
             remove, here = there and rng.random() < 0.3, rng.random() < 0.5
             history.spans.append((time.monotonic(), None, None if remove else variant))
             path = f"/admin/tasks/{name}"
-            status = 0
+            status, client.retried = 0, 0
             if remove and here:
                 self.store.remove(name)
             elif remove:
@@ -140,7 +148,7 @@ class Soak:
                 self.store.add(self.files[variant], name, replace=True)
             else:
                 status, _ = client.send("PUT", f"{path}?replace=true", self.files[variant].read_bytes(), **headers)
-            if status not in {0, 201, 204}:
+            if status not in {0, 201, 204} and not (status == 404 and client.retried):  # done before it was killed
                 self.wrong.append(f"{name}: a change has status {status}")
             start, _, before = history.spans[-2]
             history.spans[-2] = (start, time.monotonic(), before)
@@ -153,7 +161,7 @@ class Soak:
         rng = random.Random(8)
         while not self.over.wait(0.05):
             method, path, body = rng.choice(BAD)
-            client = Client(self.server.port)
+            client = Client(self.replicas[0].port)
             try:
                 status, _ = client.send(method, path, body, authorization=f"Bearer {TOKEN}")
             except (BrokenPipeError, ConnectionResetError):
@@ -168,12 +176,21 @@ class Soak:
         rng = random.Random(9)
         head = b"POST /v2/models/s0/infer HTTP/1.1\r\nhost: x\r\ncontent-length: 500\r\n\r\n"
         while not self.over.wait(0.05):
-            with socket.create_connection(("127.0.0.1", self.server.port)) as slow:
+            with socket.create_connection(("127.0.0.1", self.replicas[0].port)) as slow:
                 for byte in head[: rng.randrange(len(head) + 1)]:
                     slow.sendall(bytes([byte]))
                     if self.over.wait(0.002):
                         break
             self.counts["slow clients"] += 1
+
+    def kill(self, life: float) -> None:
+        """Kill all servers but the first, each after so many seconds, and start another in its place."""
+        while not self.over.wait(life):
+            for at in range(1, len(self.replicas)):
+                self.replicas[at].kill()
+                self.over.wait(life / 10)
+                self.replicas[at] = self.begin()
+                self.counts["kills"] += 1
 
     def flat(self) -> tuple[bool, float, float]:
         """Whether memory stayed, and its medians in MB."""
@@ -198,9 +215,13 @@ def soak(build: Path, seconds: float) -> Soak:
                 session.add_task(path, "one", replace=True)
                 for text in TEXTS:
                     right[i, text] = session.run(session.encode([text], task="one"), "one")["logits"][0]
-        with served(str(build), "--store", store.where, "--resident", "12", "--threads", "1") as server:
-            run = Soak(server, store, files, right)
+        begin = partial(start, str(build), "--store", store.where, "--resident", "12", "--threads", "1")
+        run = Soak([begin() for _ in range(REPLICAS)], begin, store, files, right)
+        try:
             run.run(seconds)
+        finally:
+            for server in run.replicas:
+                server.stop()
     assert not run.wrong, run.wrong[:5]
     stayed, early, late = run.flat()
     assert stayed, f"memory grew from {early:.0f} to {late:.0f} MB"
@@ -226,7 +247,7 @@ def main() -> None:
         run = soak(Path(folder, "build"), seconds)
     _, early, late = run.flat()
     said = ", ".join(f"{count:,} {name}" for name, count in sorted(run.counts.items()))
-    print(f"{seconds:.0f} s: 0 wrong; {said}; memory {early:.0f} MB, then {late:.0f} MB")
+    print(f"{seconds:.0f} s, {REPLICAS} servers: 0 wrong; {said}; memory {early:.0f} MB, then {late:.0f} MB")
 
 
 if __name__ == "__main__":

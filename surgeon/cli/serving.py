@@ -30,7 +30,8 @@ def serve(
     queue: Annotated[int, typer.Option("--queue", min=1, help="Rows that may wait; above, 429.")] = 1024,
     body: Annotated[float, typer.Option("--body", min=0.001, help="MB of one request; above, 413.")] = 8.0,
     deadline: Annotated[float, typer.Option("--deadline", min=0.001, help="Seconds to an answer; above, 504.")] = 30.0,
-    writers: Annotated[int, typer.Option("--writers", min=1, help="Requests that write texts at once.")] = 2,
+    texts: Annotated[int, typer.Option("--texts", min=1, help="Texts written together, with the mode mixed.")] = 8,
+    writers: Annotated[int, typer.Option("--writers", min=1, help="Requests that write at once without it.")] = 2,
     grace: Annotated[float, typer.Option("--grace", min=1, help="Seconds for what is under way at the end.")] = 30.0,
     token_file: Annotated[
         Path | None,
@@ -56,6 +57,7 @@ def serve(
         body=int(body * 1e6),
         deadline=deadline,
         grace=grace,
+        texts=texts,
         writers=writers,
     )
     run(

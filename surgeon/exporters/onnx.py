@@ -76,7 +76,7 @@ class OnnxExporter:
 
         Raises CompositionError where rows cannot be told apart, and what `export` raises.
         """
-        model = convert(mixed(program), opset, weights)
+        model = convert(mixed(program), opset, weights, masks=program)
         self._beside(model, program, folder / "mixed.onnx", weights)
         return model
 
@@ -122,12 +122,22 @@ def _check(model: ir.Model, path: Path) -> None:
     onnx.checker.check_model(written)
 
 
-def convert(program: Program, opset: int, weights: str = "copy", outputs: Sequence[str] = ()) -> ir.Model:
-    """The program as an ONNX model in memory, with the `outputs` it has beside the usual ones."""
+def convert(
+    program: Program,
+    opset: int,
+    weights: str = "copy",
+    outputs: Sequence[str] = (),
+    *,
+    masks: Program | None = None,
+) -> ir.Model:
+    """The program as an ONNX model in memory, with the `outputs` it has beside the usual ones.
+
+    Of a task a row, `masks` is the program of one task a call, whose masks tell what an attention sees.
+    """
     deltas = program.ledger.deltas
     source = paired(quantised(copied(program.graph_module), program, weights))
     if program.shares_cache:
-        source = turned(shared(source, program))
+        source = turned(shared(source, program, masks=masks))
     source = laid_out(source, program, turned=weights not in OUTSIDE)
     # Without gradients: attention of a mask that requires them is laid out in another way.
     with quiet(), torch.no_grad():

@@ -22,10 +22,13 @@ from torch.func import functional_call
 
 from surgeon.cached import PAST, PRESENT
 from surgeon.dataflow import ancestors
+from surgeon.errors import InvariantError
 from surgeon.exporters.masks import windows
 from surgeon.exporters.rotary import torch_turn, turned
+from surgeon.mixed import TASKS
 from surgeon.module import copied
 from surgeon.program import Program
+from surgeon.rewriting import LIVE
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -73,19 +76,30 @@ def shareable(program: Program) -> str | None:
     return None if found <= TOLERANCE else f"rows of different lengths would answer otherwise (by {found:.1g})"
 
 
-def shared(graph_module: fx.GraphModule, program: Program, attend: Callable[..., Any] | None = None) -> fx.GraphModule:
-    """Let attentions over the cache be the operator; `graph_module` is the program's graph or a copy of it."""
-    graph, attend = graph_module.graph, attend or onnx_attend
-    own = list(_places(program.graph, program))
-    seen = windows(program, [place.core for place in own]) or {}
+def shared(
+    graph_module: fx.GraphModule,
+    program: Program,
+    attend: Callable[..., Any] | None = None,
+    *,
+    masks: Program | None = None,
+) -> fx.GraphModule:
+    """Let attentions over the cache be the operator; `graph_module` is the program's graph or a copy of it.
+
+    What an attention sees is read from `masks`, where the program is that one with a task a row.
+    """
+    graph, attend, masks = graph_module.graph, attend or onnx_attend, masks or program
+    own = list(_places(masks.graph, masks))
+    seen = windows(masks, [place.core for place in own]) or {}
     window = {place.past: seen.get(place.core, 0) for place in own}
     mask = next(n for n in graph.nodes if n.op == "placeholder" and n.name == "attention_mask")
-    out = graph.output_node()
-    for place in list(_places(graph, program)):
+    out, places = graph.output_node(), list(_places(graph, program))
+    if {name for place in places for name in place.past} != {i.name for i in program.inputs if i.cached}:
+        raise InvariantError("the cache was one buffer, and is none for a task a row", try_="`export: {cache: grown}`")
+    for place in places:
         names = {n.name: n for n in graph.nodes if n.op == "placeholder"}
         with graph.inserting_before(place.core):
             pasts = [names[name] for name in place.past]
-            start = graph.get_attr(place.start[0]) if place.start else None
+            start = _front(graph, program, place.start[0]) if place.start else None
             scale = place.core.kwargs.get("scale") or place.query.meta["val"].shape[-1] ** -0.5
             given = (place.query, *place.new, *pasts, mask, start, scale, window[place.past])
             both = graph.call_function(attend, given)
@@ -121,8 +135,8 @@ def onnx_attend(  # noqa: PLR0917 - what both forms of the operator take
     flat = [t.transpose(1, 2).reshape(rows, columns, t.shape[1] * t.shape[3]) for t in (q, k, v)]
     last, total = mask.sum(1) - 1, torch.ones_like(mask[0]).sum()
     if start is not None:
-        more = torch.ones_like(start[0, :, 0], dtype=mask.dtype).sum()
-        last, total = last + more, total + more
+        own, most = _columns(start, mask.dtype)
+        last, total = last + own, total + most
     counts = [aten._to_copy.default(count, dtype=torch.int32) for count in (last, total)]
     shapes: list[Any] = [flat[0].shape[:2] + (heads * v.shape[3],)]
     shapes += [(rows, new.shape[1], past.shape[2] + columns, new.shape[3]) for new, past in ((k, past_k), (v, past_v))]
@@ -152,7 +166,7 @@ def torch_attend(  # noqa: PLR0917 - what both forms of the operator take
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the operator computes where the buffers have room: new columns behind each row's own, seen by those after."""
-    lengths = mask.sum(1) + (0 if start is None else start.shape[1])
+    lengths = mask.sum(1) + (0 if start is None else _columns(start, mask.dtype)[0])
     at = (lengths - q.shape[2]).unsqueeze(1) + torch.arange(q.shape[2])
     keys, values = (
         past.scatter(2, at[:, None, :, None].expand_as(new), new) for past, new in ((past_k, k), (past_v, v))
@@ -161,6 +175,28 @@ def torch_attend(  # noqa: PLR0917 - what both forms of the operator take
     seen = (columns <= last) & (columns > last - (window or keys.shape[2]))
     several = {"attn_mask": seen.unsqueeze(1), "scale": scale, "enable_gqa": True}
     return torch.nn.functional.scaled_dot_product_attention(q, keys, values, **several), keys, values  # type: ignore[arg-type]
+
+
+def _front(graph: fx.Graph, program: Program, start: str) -> fx.Node:
+    """What tells how many columns a prefix has: itself, `[heads, n, width]`; for a task a row, what counts its columns
+    in each row, `[rows, n]`.
+    """
+    for node in graph.find_nodes(op="get_attr", target=start):
+        for user in node.users:
+            if user.target is aten.index_select.default:
+                symbols = set(program.ledger.deltas[start].free.values())
+                counts = [d.name for d in program.ledger.deltas.values() if d.part == LIVE]
+                name = next(c for c in counts if symbols & set(program.ledger.deltas[c].free.values()) - {TASKS})
+                return graph.call_function(aten.index_select.default, (graph.get_attr(name), 0, user.args[2]))
+    return graph.get_attr(start)
+
+
+def _columns(start: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """How many columns of a prefix a row has, and how many the longest has."""
+    if start.dim() == 2:
+        return start.sum(1), torch.ones_like(start[0]).sum()
+    more = torch.ones_like(start[0, :, 0], dtype=dtype).sum()
+    return more, more
 
 
 def _places(graph: fx.Graph, program: Program) -> Iterator[Place]:
@@ -180,8 +216,8 @@ def _side(node: fx.Node, program: Program) -> tuple[fx.Node, fx.Node, str | None
     cached = {i.name for i in program.inputs if i.cached}
     node, start = _behind_views(node), None
     pair = _pair(node)
-    if pair is not None and (first := _behind_views(pair[0])).target in program.ledger.deltas:
-        start, node = str(first.target), _behind_views(pair[1])
+    if pair is not None and (name := _behind_views(pair[0], aten.index_select.default).target) in program.ledger.deltas:
+        start, node = str(name), _behind_views(pair[1])
         pair = _pair(node)
     if pair is None or pair[0].name not in cached:
         return None
@@ -190,14 +226,17 @@ def _side(node: fx.Node, program: Program) -> tuple[fx.Node, fx.Node, str | None
 
 def _pair(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """What a node puts together along the columns."""
-    if node.target is not aten.cat.default or len(node.args) < 2 or node.args[1] not in (-2, 2):
+    if node.target is not aten.cat.default or len(node.args) < 2:
         return None
     parts: Any = node.args[0]
+    axis: Any = node.args[1]
+    if axis % (rank := node.meta["val"].dim()) != rank - 2:
+        return None
     return (parts[0], parts[1]) if len(parts) == 2 else None
 
 
-def _behind_views(node: fx.Node) -> fx.Node:
-    while node.target in VIEWS:
+def _behind_views(node: fx.Node, *also: Any) -> fx.Node:
+    while node.target in VIEWS or node.target in also:
         node = node.all_input_nodes[0]
     return node
 

@@ -1,6 +1,6 @@
 """One graph for many tasks: every row of a batch has deltas of its own."""
 
-from surgeon.mixed.banks import TASK_IDS, mixed
-from surgeon.mixed.rows import ROWS
+from surgeon.mixed.banks import TASKS, mixed
+from surgeon.mixed.rows import ROWS, TASK_IDS
 
-__all__ = ["ROWS", "TASK_IDS", "mixed"]
+__all__ = ["ROWS", "TASKS", "TASK_IDS", "mixed"]

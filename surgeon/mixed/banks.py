@@ -9,6 +9,7 @@ filled up: with `Delta.padding`, which leaves the answer as it is; and where a t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -19,13 +20,13 @@ from torch.utils import _pytree as pytree
 from surgeon.errors import CompositionError
 from surgeon.inputs import Input
 from surgeon.ledger import Delta, Ledger
-from surgeon.mixed.rows import ROWS, RowWise
+from surgeon.mixed.rows import ROWS, TASK_IDS, RowWise
 from surgeon.mixed.writing import Writing
 from surgeon.program import Program
 from surgeon.rewriting import LIVE
 
 aten = torch.ops.aten
-TASK_IDS, TASKS = "task_ids", "tasks"
+TASKS = "tasks"
 SHARE = 0.05
 """A trunk that holds less of the base's matrices is not worth the gathering behind it."""
 
@@ -33,6 +34,7 @@ SHARE = 0.05
 def mixed(program: Program) -> Program:
     """The program as a function of its inputs, of `rows` [R], the number of each row's text, and `task_ids` [R].
 
+    Where it goes on from a cache, a row is a text: its inputs, the cache among them, are `[R, …]`, without `rows`.
     Raises CompositionError where rows of a batch cannot be told apart on the way of a delta.
     """
     uncounted = set(program.ledger.positions) - set(program.counted.values())
@@ -47,7 +49,7 @@ def mixed(program: Program) -> Program:
     return replace(
         program,
         graph_module=fx.GraphModule(banks.tensors(graph), graph),
-        inputs=(*program.inputs, Input(ROWS, (ROWS,)), Input(TASK_IDS, (ROWS,))),
+        inputs=_inputs(program.inputs),
         ledger=Ledger({d.name: d for d in banks.deltas.values()}),
     )
 
@@ -60,8 +62,9 @@ class _Banks:
         self.deltas = {name: _bank(delta) for name, delta in program.ledger.deltas.items()}
         self.deltas |= {name: _count(name, symbol) for name, symbol in program.counted.items()}
         self._read: dict[str, fx.Node] = {}
-        self._walk = RowWise(program.graph, self.read, shared=_share(program) >= SHARE)
-        self._ids = self._walk.integers(TASK_IDS)
+        own = _go_on(program.inputs)
+        self._walk = RowWise(program.graph, self.read, shared=not own and _share(program) >= SHARE, own=own)
+        self._ids = self._walk.ids
 
     def write(self) -> fx.Graph:
         """The graph, which returns what the program's returns."""
@@ -88,6 +91,17 @@ class _Banks:
                 bank.meta["val"] = torch.empty([self._ids.meta["val"].shape[0], *like.shape], dtype=like.dtype)
             self._read[name] = writing.call(aten.index_select.default, (bank, 0, self._ids))
         return self._read[name]
+
+
+def _go_on(inputs: Sequence[Input]) -> bool:
+    return any(given.cached for given in inputs)
+
+
+def _inputs(inputs: Sequence[Input]) -> tuple[Input, ...]:
+    ids = Input(TASK_IDS, (ROWS,))
+    if not _go_on(inputs):
+        return (*inputs, Input(ROWS, (ROWS,)), ids)
+    return (*(replace(given, axes=(ROWS, *given.axes[1:])) for given in inputs), ids)
 
 
 def _called_by_name(names: list[str], source: fx.Graph) -> fx.graph.CodeGen:

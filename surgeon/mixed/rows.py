@@ -25,7 +25,7 @@ from surgeon.mixed.broadcasting import broadcast, without_dropout
 from surgeon.mixed.writing import Writing
 
 aten = torch.ops.aten
-ROWS = "rows"
+ROWS, TASK_IDS = "rows", "task_ids"
 MANY = 8191
 """Rows to trace with: a number that nothing else is, so that it is found where it was taken for a constant."""
 
@@ -40,10 +40,13 @@ class RowWise:
     """Copies a graph node by node: the trunk as it is, what deltas reach row by row.
 
     `read(writing, node)` writes what stands for a node that reads deltas, `[R, …]`, or None where it reads none. With
-    `shared`, there is a trunk; without, every row runs on its own from the inputs on.
+    `shared`, there is a trunk; without, every row runs on its own from the inputs on. With `own`, rows have inputs of
+    their own, `[R, …]`, as where each goes on from a cache: nothing is gathered, and `task_ids` alone counts them.
     """
 
-    def __init__(self, source: fx.Graph, read: Callable[[Writing, fx.Node], fx.Node | None], *, shared: bool) -> None:
+    def __init__(
+        self, source: fx.Graph, read: Callable[[Writing, fx.Node], fx.Node | None], *, shared: bool, own: bool = False
+    ) -> None:
         self.source = source
         inputs = source.find_nodes(op="placeholder")
         self.batch = Batch(inputs)
@@ -54,10 +57,16 @@ class RowWise:
         self._known: dict[tuple[fx.Node, str], Any] = {}
         for node in inputs:
             self._env[node] = self.writing.graph.node_copy(node)
-            self._kinds[node] = TRUNK
+            self._kinds[node] = ROW if own else TRUNK
         self.texts = self._env[inputs[0]]
-        self.rows = self.integers(ROWS)
-        if not shared:
+        self.rows = self.integers(TASK_IDS if own else ROWS)
+        self.ids = self.rows if own else self.integers(TASK_IDS)
+        if own:
+            count = self.rows.meta["val"].shape[0]
+            for copied in self._env.values():
+                with self.writing.mode:
+                    copied.meta["val"] = copied.meta["val"].new_empty([count, *copied.meta["val"].shape[1:]])
+        elif not shared:
             for node in inputs:
                 self._env[node] = self.writing.call(aten.index_select.default, (self._env[node], 0, self.rows))
                 self._kinds[node] = ROW

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -31,6 +31,8 @@ class Held:
 
     arrays: Tensors
     places: Mapping[RunnableTask, int]
+    version: int
+    """Another after each task that came in."""
 
 
 class Bank:
@@ -39,10 +41,13 @@ class Bank:
     def __init__(self, manifest: Manifest, base: Tensors, limit: int, limit_bytes: int | None = None) -> None:
         self._deltas, self._counted = manifest.deltas, manifest.counted
         self._base = base
+        self._axes = {d.name: {axis + 1: symbol for axis, symbol in d.free.items()} for d in self._deltas}
+        self._axes |= {name: {1: symbol} for name, symbol in self._counted.items()}
         self._limit, self._limit_bytes = limit, limit_bytes
         self._places: OrderedDict[RunnableTask, int] = OrderedDict()
         self._used: Counter[RunnableTask] = Counter()
-        self._sizes = self._sizes_of(base)
+        self._version = 0
+        self.base_sizes = self._sizes = self._sizes_of(base)
         self._arrays, self._present = self._make(0, self._sizes), 0
         self._changed = threading.Condition()
 
@@ -74,13 +79,25 @@ class Bank:
                     self._take_in(task, read.get(task) or task.tensors(), wanted)
                 self._places.move_to_end(task)
                 self._used[task] += 1
-            held = Held(dict(self._arrays), {task: self._places[task] for task in wanted})
+            held = Held(dict(self._arrays), {task: self._places[task] for task in wanted}, self._version)
         try:
             yield held
         finally:
             with self._changed:
                 self._used -= Counter(wanted)
                 self._changed.notify_all()
+
+    def cut(self, held: Held, sizes: Mapping[str, int], without: Collection[str] = ()) -> dict[str, Array]:
+        """The arrays, with no more than these sizes; the deltas `without` are the base's in every entry."""
+        arrays = dict(held.arrays)
+        for name in without:
+            arrays[name] = np.repeat(self._base[name][None], len(arrays[name]), 0)
+        for name, axes in self._axes.items():
+            array = arrays[name]
+            for axis, symbol in axes.items():
+                array = array[(slice(None),) * axis + (slice(0, sizes.get(symbol)),)]
+            arrays[name] = arrays[name] if array.shape == arrays[name].shape else np.ascontiguousarray(array)
+        return arrays
 
     def forget(self, task: RunnableTask) -> None:
         """Let a task that was removed or replaced give way before all others."""
@@ -124,6 +141,7 @@ class Bank:
             free = needed
         self._write(self._arrays, free, tensors)
         self._places[task] = free
+        self._version += 1
 
     def _free(self) -> int | None:
         taken = set(self._places.values())
@@ -144,7 +162,7 @@ class Bank:
         self._arrays, self._sizes, self._present = arrays, sizes, present
 
     def _make(self, places: int, sizes: Mapping[str, int]) -> dict[str, Array]:
-        arrays = {d.name: np.full((places + 1, *_shape(d, sizes)), d.padding, d.dtype) for d in self._deltas}
+        arrays = {d.name: _filled((places + 1, *_shape(d, sizes)), d.padding, d.dtype) for d in self._deltas}
         arrays |= {name: np.zeros((places + 1, sizes[symbol]), np.int64) for name, symbol in self._counted.items()}
         self._write(arrays, 0, {})
         return arrays
@@ -172,6 +190,11 @@ class Bank:
         """Of one place."""
         counted = sum(8 * sizes[symbol] for symbol in self._counted.values())
         return counted + sum(int(np.prod(_shape(d, sizes))) * np.dtype(d.dtype).itemsize for d in self._deltas)
+
+
+def _filled(shape: tuple[int, ...], value: float, dtype: str) -> Array:
+    """Of zeros memory is taken only where it is written: a place that no task has costs none."""
+    return np.full(shape, value, dtype) if value else np.zeros(shape, dtype)
 
 
 def _shape(delta: Delta, sizes: Mapping[str, int]) -> list[int]:

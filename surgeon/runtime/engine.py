@@ -77,7 +77,8 @@ def _ports(manifest: Manifest, graph: str) -> tuple[Sequence[Port], Sequence[Por
     """The inputs, outputs and deltas that the manifest lists for a graph."""
     whole, generation = manifest.inputs, manifest.generation
     if graph == MIXED:
-        return (*whole, *PER_ROW), manifest.mixed, [*_banks(manifest)]
+        past = () if not manifest.goes_on else tuple(tensor.past for tensor in generation.cache)  # type: ignore[union-attr]
+        return (*whole, *past, *(PER_ROW[1:] if past else PER_ROW)), manifest.mixed, [*_banks(manifest)]
     if generation is None:
         return whole, manifest.outputs, manifest.deltas
     past, source = tuple(tensor.past for tensor in generation.cache), generation.source

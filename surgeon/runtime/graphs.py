@@ -56,6 +56,11 @@ class Graphs:
         return self._single
 
     @property
+    def alone(self) -> bool:
+        """Whether the graph of several tasks is the only one."""
+        return self._single is None
+
+    @property
     def pair(self) -> Pair:
         """Encoder and decoder of a build that writes texts with both, opened by the first text."""
         self.check_open()

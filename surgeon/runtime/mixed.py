@@ -14,9 +14,10 @@ from surgeon.runtime.bank import Bank
 from surgeon.runtime.engine import WARNING
 from surgeon.runtime.files import read_file
 from surgeon.runtime.fit import LABELS, check_task, columns
+from surgeon.runtime.generation import TaskPerRow
 from surgeon.runtime.manifest import MIXED, NO_TASK, Manifest
 from surgeon.runtime.ort import ORT_ERRORS
-from surgeon.runtime.single import refused
+from surgeon.runtime.single import MASK, refused, unpadded
 from surgeon.runtime.taskfile import Array, parse_adapter, private_copy
 from surgeon.runtime.tasks import RunnableTask
 
@@ -70,27 +71,45 @@ class MixedGraph:
         self.bank = bank
         self._session, self._manifest = session, manifest
         self._columns = columns(manifest, base)
-        self._outputs = {port.name: port.axes for port in manifest.mixed}
-        self._taking = {  # tensors that take positions beside the text's
-            delta.name: (axis + 1, symbol)
-            for delta in manifest.deltas
-            for axis, symbol in delta.free.items()
-            if symbol in manifest.positions
-        } | {name: (1, symbol) for name, symbol in manifest.counted.items() if symbol in manifest.positions}
+        self._cache = manifest.generation.cache if manifest.generation is not None and manifest.goes_on else ()
+        self._shared = manifest.generation is not None and manifest.generation.shared
+        inside = {tensor.present for tensor in self._cache}
+        self._outputs = {port.name: port.axes for port in manifest.mixed if port.name not in inside}
+        # What takes positions is cut to what a call needs: what others need would be lost to the text.
+        starts = {tensor.start for tensor in self._cache}
+        begun = (symbol for delta in manifest.deltas if delta.name in starts for symbol in delta.free.values())
+        self._limiting = {*manifest.positions, *begun}
 
     def run(
         self, feed: Mapping[str, Array], tasks: Sequence[RunnableTask | None], rows: Sequence[int]
     ) -> list[dict[str, Array]]:
         """The outputs of every row, as its task alone gives them for its text. Raises DataError."""
+        if not self._cache:
+            return self._run(feed, tasks, rows)
+        feed = {name: array[list(rows)] for name, array in feed.items()}
+        started = any(tensor.start is not None for tensor in self._cache)
+        if not self._shared or not (started or not feed[MASK].all()):
+            return self._run(feed, tasks, None)
+        return [row for one, task in zip(unpadded(feed), tasks, strict=True) for row in self._run(one, [task], None)]
+
+    def decoding(self) -> TaskPerRow:
+        """What rows go on with, each by its task."""
+        assert self._manifest.generation is not None
+        return TaskPerRow(self._session, self._manifest, self._manifest.generation, self.bank)
+
+    def _run(
+        self, feed: Mapping[str, Array], tasks: Sequence[RunnableTask | None], rows: Sequence[int] | None
+    ) -> list[dict[str, Array]]:
+        """One run; `rows` is None where the graph goes on from a cache, and a row is a text."""
         own = [task for task in tasks if task is not None]
         with self.bank.holding(own) as held:
-            ids = [0 if task is None else held.places[task] for task in tasks]
-            given = {
-                **feed,
-                **{name: self._cut(name, array, own) for name, array in held.arrays.items()},
-                "rows": np.array(rows, np.int64),
-                "task_ids": np.array(ids, np.int64),
-            }
+            ids = np.array([0 if task is None else held.places[task] for task in tasks], np.int64)
+            sizes = {s: max((task.info.sizes.get(s, 0) for task in own), default=0) for s in self._limiting}
+            given = {**feed, **self.bank.cut(held, sizes), "task_ids": ids}
+            if rows is None:
+                given |= self._begun(given, ids)
+            else:
+                given["rows"] = np.array(rows, np.int64)
             options = RunOptions()
             options.log_severity_level = WARNING
             try:
@@ -102,13 +121,13 @@ class MixedGraph:
             {name: self._of(name, array[i], task) for name, array in outputs.items()} for i, task in enumerate(tasks)
         ]
 
-    def _cut(self, name: str, array: Array, tasks: Sequence[RunnableTask]) -> Array:
-        """Of tensors that take positions no more than this call needs: what others need would be lost to the text."""
-        if name not in self._taking:
-            return array
-        axis, symbol = self._taking[name]
-        most = max((task.info.sizes.get(symbol, 0) for task in tasks), default=0)
-        return array if array.shape[axis] == most else np.ascontiguousarray(array.take(range(most), axis))
+    def _begun(self, given: Mapping[str, Array], ids: Array) -> dict[str, Array]:
+        """The cache of a text that begins: empty, or with the row's prefix where the cache is shared."""
+        begun = {}
+        for tensor in self._cache:
+            empty = np.zeros(tensor.shape(batch=len(ids), past=0), tensor.past.dtype)
+            begun[tensor.past.name] = empty if tensor.start is None else given[tensor.start][ids]
+        return begun
 
     def _of(self, name: str, output: Array, task: RunnableTask | None) -> Array:
         """A row's output with the columns of its task's own head."""

@@ -14,17 +14,7 @@ from surgeon.runtime.document import read_manifest
 from surgeon.runtime.engine import Fusions, Provider, open_model
 from surgeon.runtime.feeds import SEQUENCE, complete
 from surgeon.runtime.files import check_files
-from surgeon.runtime.generation import (
-    Listener,
-    Prompt,
-    Written,
-    ask,
-    check_beams,
-    check_counts,
-    choice,
-    write,
-    write_from,
-)
+from surgeon.runtime.generation import Listener, Prompt, Written, check_beams
 from surgeon.runtime.graphs import Graphs
 from surgeon.runtime.manifest import MODEL, Manifest
 from surgeon.runtime.mixed import PerRow, rows_of
@@ -34,6 +24,7 @@ from surgeon.runtime.table import TaskTable
 from surgeon.runtime.taskfile import Array
 from surgeon.runtime.tasks import RunnableTask, TaskInfo
 from surgeon.runtime.text import Text, check_texts
+from surgeon.runtime.texts import Texts
 
 
 class Session:
@@ -80,6 +71,7 @@ class Session:
         except BaseException:
             self._table.close()
             raise
+        self._texts = Texts(self._manifest, self._reader, self._table, self._graphs)
 
     @classmethod
     def tuned(
@@ -236,7 +228,7 @@ class Session:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        task: str | None = None,
+        task: str | Sequence[str | None] | None = None,
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -261,39 +253,42 @@ class Session:
         fewest that have `top_p` together. Row i draws by `seed` + i, so that no row depends on its neighbours. A row
         ends at the model's own end, before a `stop` string, after `max_new_tokens`, or where the base has no positions
         left. `stream(i, piece)` is called as row i goes on. `batch` rows go on together; one that ends gives its place
-        to the next. `drop` is as in `run`.
+        to the next. `drop` is as in `run`. `task` is one for all, or a list of one for each prompt (of a decoder's
+        build with the mode `mixed`): then rows of several tasks go on together.
 
         To an encoder-decoder a prompt is its source, and `batch` texts end before the next begin. With `beams` it
         searches for the text with the highest sum of log probabilities over length**`length_penalty`;
         `early_stopping` ends the search as soon as so many texts have ended.
         """
-        active = self._table.find(task, drop)
-        chosen = choice(temperature, top_k, top_p, repetition_penalty)
-        stops = check_counts(max_new_tokens=max_new_tokens, batch=batch, seed=seed, stop=stop)
-        generation = self._manifest.generation
-        if generation is None:
-            raise SpecError("this build does not write texts", try_="compile it with `export: {generate: true}`")
-        source, drawn = generation.source, temperature > 0
-        search = check_beams(
-            beams, length_penalty, early_stopping, drawn=drawn, stop=stops, stream=stream, decoder=source is None
-        )
-        rows = ask(
+        rows = self.texts.prepare(
             prompts,
-            self._reader,
-            room=self._manifest.base.max_length,
-            taken=self._most([active], SEQUENCE),
-            start=None if source is None else (source.start, self._most([active], f"decoder_{SEQUENCE}")),
-            limit=max_new_tokens,
+            task,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            stop=stop,
             seed=seed,
-            stop=stops,
             stream=stream,
+            drop=drop,
         )
-        deltas = {} if active is None else active.values()
-        if source is None:
-            write(rows, self._graphs.single.session, self._manifest, generation, deltas, choice=chosen, batch=batch)
-        else:
-            write_from(rows, self._graphs.pair, generation, deltas, choice=chosen, beams=search, batch=batch)
-        return [row.written for row in rows]
+        search = check_beams(
+            beams,
+            length_penalty,
+            early_stopping,
+            drawn=temperature > 0,
+            stop=stop,
+            stream=stream,
+            decoder=self._manifest.goes_on,
+        )
+        return self.texts.write(rows, each=isinstance(task, list | tuple), batch=batch, beams=search)
+
+    @property
+    def texts(self) -> Texts:
+        """The parts of `generate`: rows made ready, and a writer that others may come to while it writes."""
+        self._graphs.check_open()
+        return self._texts
 
     def close(self) -> None:
         """Let go of the model and the tasks. Runs under way end undisturbed; later ones raise BuildError."""

@@ -35,7 +35,7 @@ class SingleGraph:
         """The outputs by name. Raises DataError where the model cannot run on these inputs."""
         begun = active is not None and any(t.start is not None for t in self._cache)
         if self._shared and (begun or not feed[MASK].all()):  # such a graph reads several tokens alone, and no padding
-            found = [self._run(row, active) for row in _rows(feed)]
+            found = [self._run(row, active) for row in unpadded(feed)]
             return {name: np.concatenate([row[name] for row in found]) for name in self._outputs}
         return self._run(feed, active)
 
@@ -56,7 +56,7 @@ class SingleGraph:
         return dict(zip(self._outputs, outputs, strict=True))
 
 
-def _rows(feed: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
+def unpadded(feed: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
     """Every row without its padding."""
     for i, mask in enumerate(feed[MASK]):
         yield {name: array[i : i + 1, mask > 0] for name, array in feed.items()}

@@ -25,6 +25,7 @@ from surgeon.errors import BuildError, DeltaError
 from surgeon.runtime.ort import ORT_ERRORS
 
 Array = NDArray[Any]
+Bytes = bytes | memoryview
 
 SUFFIX = ".onnx_adapter"
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -106,7 +107,7 @@ def private_copy(path: Path, directory: Path) -> tuple[Path, bytes]:
     return private_file(data, directory), data
 
 
-def private_file(data: bytes, directory: Path) -> Path:
+def private_file(data: Bytes, directory: Path) -> Path:
     """A file of these bytes under a fresh name."""
     try:
         handle, name = tempfile.mkstemp(suffix=SUFFIX, dir=directory)
@@ -117,12 +118,21 @@ def private_file(data: bytes, directory: Path) -> Path:
     return Path(name)
 
 
+def read_checked(path: Path) -> dict[str, Array]:
+    """The tensors of a private file that was checked when it came."""
+    return _copies(AdapterFormat.read_adapter(str(path)))
+
+
+def _copies(form: AdapterFormat) -> dict[str, Array]:
+    # `numpy()` is a view that keeps nothing alive: it dangles as soon as its OrtValue is gone.
+    return {name: value.numpy().copy() for name, value in form.get_parameters().items()}
+
+
 def parse_adapter(copy: Path, data: bytes, where: str) -> TaskFile:
     """The checked content of a task file that lies at `copy` and has the bytes `data`."""
     try:
         form = AdapterFormat.read_adapter(str(copy))
-        # `numpy()` is a view that keeps nothing alive: it dangles as soon as its OrtValue is gone.
-        tensors = {name: value.numpy().copy() for name, value in form.get_parameters().items()}
+        tensors = _copies(form)
     except ORT_ERRORS as error:
         raise DeltaError(
             "is not a task file, or is damaged or cut",

@@ -16,7 +16,17 @@ from onnxruntime import LoraAdapter, OrtValue, RunOptions
 from surgeon.errors import BuildError, SpecError
 from surgeon.runtime.fit import check_base, check_task, columns
 from surgeon.runtime.manifest import Manifest
-from surgeon.runtime.taskfile import SUFFIX, Array, parse_adapter, private_copy, private_file, write_adapter
+from surgeon.runtime.ort import ORT_ERRORS
+from surgeon.runtime.taskfile import (
+    SUFFIX,
+    Array,
+    Bytes,
+    parse_adapter,
+    private_copy,
+    private_file,
+    read_checked,
+    write_adapter,
+)
 
 
 @dataclass(frozen=True)
@@ -61,9 +71,9 @@ class RunnableTask:
     def tensors(self) -> Mapping[str, Array]:
         """What the task consists of, by name. Raises BuildError where its session was closed meanwhile."""
         try:
-            return parse_adapter(self.path, self.path.read_bytes(), str(self.path)).tensors
-        except FileNotFoundError as error:
-            raise self._closed() from error
+            return read_checked(self.path)
+        except ORT_ERRORS as error:
+            raise (error if self.path.exists() else self._closed()) from error
 
     def _reduce(self, manifest: Manifest, layers: int) -> RunnableTask:
         """A task file without those tensors: to ONNX Runtime a missing one is its default."""
@@ -130,7 +140,7 @@ def load_task(
     return _runnable(manifest, info, copy)
 
 
-def load_checked(manifest: Manifest, info: TaskInfo, data: bytes, directory: Path) -> RunnableTask:
+def load_checked(manifest: Manifest, info: TaskInfo, data: Bytes, directory: Path) -> RunnableTask:
     """Load the bytes of a task file that was checked before, from a copy in the private `directory`."""
     return _runnable(manifest, info, private_file(data, directory))
 

@@ -54,7 +54,7 @@ def make_server(
     measures = Measures()
     answering = Answering(session, limits, resident=resident, runners=runners, seen=measures.ran)
     doors = ThreadPoolExecutor(DOORS, "surgeon-doors")
-    writing = Writing(answering, measures, base)
+    writing = Writing(answering, measures, base, resident)
     _gauges(measures, answering, writing)
     routes = [
         *Inference(answering, measures, doors, base).routes(),
@@ -82,6 +82,7 @@ def _gauges(measures: Measures, answering: Answering, writing: Writing) -> None:
     measures.gauge("surgeon_queue_rows", "Rows that wait", lambda: answering.queue.load.waiting)
     measures.gauge("surgeon_running_rows", "Rows that run", lambda: answering.queue.load.running)
     measures.gauge("surgeon_writing_texts", "Texts being written, or waiting to be", lambda: writing.waiting)
+    measures.gauge("surgeon_writing_together", "Texts that are written together now", lambda: writing.going)
     measures.gauge("surgeon_resident_tasks", "Tasks at hand for mixed batches", lambda: len(answering.session.resident))
     measures.gauge("surgeon_tasks", "Tasks there are", lambda: len(answering.session.names()))
 

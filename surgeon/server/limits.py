@@ -31,8 +31,10 @@ class Limits:
     """For the body to arrive; above, 408."""
     connections: int = 4096
     """Connections at once; above, 503."""
+    texts: int = 8
+    """Texts that are written together, of a decoder's build with the mode `mixed`."""
     writers: int = 2
-    """Requests that write texts at once, each with its own cache."""
+    """Requests that write texts at once of other builds, each with its own cache."""
     grace: float = 30.0
     """For what is under way when the server is asked to stop."""
 

@@ -8,7 +8,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,9 +26,11 @@ from surgeon.server.faults import BUSY, UNAVAILABLE, Fault, openai, unknown
 from surgeon.server.gathering import late
 from surgeon.server.logs import say
 from surgeon.server.measuring import Measures
+from surgeon.server.scribe import Order, Scribe
 from surgeon.server.speaking import read_body, told
 from surgeon.server.tensors import read_json
 
+End = Callable[[list[Written] | Exception], None]
 REASONS = {"end": "stop", "stop": "stop", "length": "length"}
 
 
@@ -63,14 +65,24 @@ class Pieces:
 
 
 class Writing:
-    """The routes of /v1. Each request has a thread of its own; few run at once, and the others wait."""
+    """The routes of /v1. Rows of all requests go on together where a decoder's build has the mode `mixed`.
 
-    def __init__(self, answering: Answering, measures: Measures, base: str) -> None:
+    Elsewhere each request has a thread of its own; few run at once, and the others wait.
+    """
+
+    def __init__(self, answering: Answering, measures: Measures, base: str, resident: int) -> None:
         self._answering, self._session = answering, answering.session
         self._measures, self._base = measures, base
         self._limits = answering.limits
         self._threads = ThreadPoolExecutor(self._limits.writers, "surgeon-writes")
+        together = answering.mixed and self._session.manifest.goes_on
+        self._scribe = Scribe(self._session, min(self._limits.texts, resident)) if together else None
         self.waiting = 0
+
+    @property
+    def going(self) -> int:
+        """Texts that are written together."""
+        return 0 if self._scribe is None else self._scribe.going
 
     def routes(self) -> list[Route]:
         """All of them."""
@@ -83,6 +95,8 @@ class Writing:
 
     def close(self) -> None:
         """End what is under way, and nothing of it is lost."""
+        if self._scribe is not None:
+            self._scribe.close()
         self._threads.shutdown(wait=True)
 
     async def models(self, request: Request) -> Response:
@@ -113,7 +127,7 @@ class Writing:
             raise unknown(error) from error
         request.state.said.update(task=task, rows=len(ask.prompts))
         pieces = Pieces(begun + self._limits.deadline, asyncio.get_running_loop())
-        self._start(ask, task, pieces)
+        await self._start(ask, task, pieces)
         head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}", "created": int(time.time())}
         head |= {"model": ask.model}
         if ask.stream:
@@ -124,7 +138,7 @@ class Writing:
         kind = "chat.completion" if chat else "text_completion"
         return JSONResponse({**head, "object": kind, "choices": _choices(item, chat), "usage": _usage(item)})
 
-    def _start(self, ask: Ask, task: str | None, pieces: Pieces) -> None:
+    async def _start(self, ask: Ask, task: str | None, pieces: Pieces) -> None:
         if self.waiting + len(ask.prompts) > self._limits.queue:
             raise Fault(BUSY, "too many requests wait", there_is=f"{self.waiting} texts", try_="again in a moment")
         self.waiting += len(ask.prompts)
@@ -132,28 +146,34 @@ class Writing:
         def done() -> None:
             self.waiting -= len(ask.prompts)
 
-        def write() -> None:
-            try:
-                pieces.check()
-                found = self._generate(ask.prompts, task, ask.options, pieces)
+        def end(found: list[Written] | Exception) -> None:
+            if not isinstance(found, Exception):
                 self._measures.wrote(sum(len(row.tokens) for row in found))
-                pieces.put(found)
-            except Exception as error:
-                pieces.put(error)
-            finally:
-                pieces.loop.call_soon_threadsafe(done)
+            pieces.put(found)
+            pieces.loop.call_soon_threadsafe(done)
 
+        options = {**ask.options, "stream": pieces.listen if TOKENIZER in self._session.manifest.files else None}
         try:
-            self._threads.submit(write)
-        except RuntimeError as error:
+            if self._scribe is None:
+                self._threads.submit(self._alone, ask.prompts, task, options, pieces, end)
+            else:
+                rows = await asyncio.to_thread(self._session.texts.prepare, ask.prompts, task, **options)
+                self._scribe.submit(Order(rows, pieces.check, end))
+        except BaseException as error:
             done()
-            raise Fault(UNAVAILABLE, "the server is stopping", try_="another replica, or later") from error
+            if isinstance(error, RuntimeError):  # no new thread
+                raise Fault(UNAVAILABLE, "the server is stopping", try_="another replica, or later") from error
+            raise
 
-    def _generate(
-        self, prompts: Sequence[Prompt], task: str | None, options: Mapping[str, Any], pieces: Pieces
-    ) -> list[Written]:
-        listen = pieces.listen if TOKENIZER in self._session.manifest.files else None
-        return self._session.generate(prompts, task, stream=listen, **options)
+    def _alone(
+        self, prompts: Sequence[Prompt], task: str | None, options: Mapping[str, Any], pieces: Pieces, end: End
+    ) -> None:
+        """Write a request's texts in a thread of their own."""
+        try:
+            pieces.check()
+            end(self._session.generate(prompts, task, **options))
+        except Exception as error:
+            end(error)
 
     async def _next(self, pieces: Pieces) -> tuple[int, str] | list[Written]:
         """The next piece, or the rows. Raises what the thread raised, and Fault at the deadline."""

@@ -152,7 +152,8 @@ class ExportSpec(Part):
     modes: tuple[Literal["switch", "mixed"], ...] = Field(
         default=("switch",),
         description="`switch`: one task a call, chosen when the model is run. `mixed`, beside it: a second graph over "
-        "the same weights, in which every row of a batch has a task of its own, and a text as many rows as tasks.",
+        "the same weights, in which every row of a batch has a task of its own, and a text as many rows as tasks; "
+        "a decoder with `generate` writes texts of several tasks together.",
     )
     opset: StrictInt = Field(default=20, ge=18, le=23, description="ONNX operator set.")
     weights: Literal["copy", "link", "reference", "base-rounded", "float32", "int8", "int4"] = Field(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import surgeon
+from surgeon.runtime.document import seal
 from surgeon.runtime.taskfile import SUFFIX
 from surgeon.server.limits import Limits
 from tests.server.conftest import Live, write_task
@@ -22,9 +27,7 @@ CHAT = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "
 
 
 @pytest.fixture(scope="module")
-def live(
-    tiny: Callable[..., Any], serving: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Live]:
+def build(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("writing")
     tiny("llama", num_hidden_layers=1, eos_token_id=1, initializer_range=0.3).save_pretrained(folder / "base")
     words = {"<p>": 0, "</s>": 1, "[UNK]": 2, "<u>": 3, "<a>": 4, **{f"w{i}": i for i in range(5, 100)}}
@@ -37,10 +40,21 @@ def live(
             "base": {"model": str(folder / "base"), "head": "causal-lm"},
             "surgery": [{"lora": {"rank": 4}}],
             "tasks": {"a": {}},
-            "export": {"generate": True},
+            "export": {"generate": True, "modes": ["switch", "mixed"]},
         },
         out=folder / "build",
     )
+    return folder / "build"
+
+
+@pytest.fixture(scope="module", params=[["switch"], ["switch", "mixed"]], ids=["each alone", "together"])
+def live(
+    build: Path, serving: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Live]:
+    folder = tmp_path_factory.mktemp("served")
+    shutil.copytree(build, folder / "build")
+    manifest = json.loads((build / "manifest.json").read_text())
+    (folder / "build" / "manifest.json").write_text(json.dumps(seal({**manifest, "modes": request.param})))
     with serving(folder / "build", Limits(writers=2, deadline=20)) as server:
         server.session.add_task(write_task(folder / "build", folder / f"b{SUFFIX}", seed=1))
         yield server
@@ -74,6 +88,26 @@ def test_completions_are_the_sessions(live: Live, client: openai.OpenAI, task: s
             reasons_[choice.index] = choice.finish_reason
     assert pieces == [row.text for row in right]
     assert [reasons_[i] for i in range(2)] == [reasons[row.reason] for row in right]
+
+
+def test_many_at_once_have_the_texts_of_each_alone(live: Live, client: openai.OpenAI) -> None:
+    asked = [(f"w{5 + i} w{20 + 3 * i}", ("a", "b", "base")[i % 3], 3 + 5 * (i % 4)) for i in range(18)]
+    right = [
+        live.session.generate([prompt], None if task == "base" else task, max_new_tokens=tokens)[0].text
+        for prompt, task, tokens in asked
+    ]
+
+    def ask(one: tuple[str, str, int]) -> str:
+        prompt, task, tokens = one
+        found = client.completions.create(model=task, prompt=prompt, max_tokens=tokens, temperature=0)
+        return found.choices[0].text
+
+    with ThreadPoolExecutor(9) as pool:
+        assert list(pool.map(ask, asked)) == right
+    end = time.monotonic() + 5
+    while b"surgeon_writing_texts 0.0" not in live.call("GET", "/metrics").body and time.monotonic() < end:
+        time.sleep(0.01)
+    assert b"surgeon_writing_texts 0.0" in live.call("GET", "/metrics").body
 
 
 def test_token_ids_seeds_stops_and_several_answers(live: Live, client: openai.OpenAI) -> None:
@@ -124,6 +158,48 @@ def test_what_is_not_done_is_told(live: Live, client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="content is a text"):
         client.chat.completions.create(model="b", messages=[{"role": "user", "content": 3}])  # type: ignore[typeddict-item]
     assert client.completions.create(model="b", prompt="w5").choices[0].text
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        (b"{", 400, "is not JSON"),
+        (b"[]", 400, "is not a JSON object"),
+        (b" " * ((8 << 20) + 1), 413, "is too large"),
+        ({"prompt": "w5"}, 400, "'model' is missing"),
+        ({"model": ["a"], "prompt": "w5"}, 400, "'model' is missing"),
+        ({"model": "../a", "prompt": "w5"}, 404, "there is no task"),
+        ({"model": "a\0", "prompt": "w5"}, 404, "there is no task"),
+        ({"model": "x" * 5000, "prompt": "w5"}, 404, "there is no task"),
+        ({"model": "a", "prompt": {"text": "w5"}}, 400, "'prompt' is missing"),
+        ({"model": "a", "prompt": ["w5"] * 17}, 400, "16 are the most"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_bad_request_is_told_so(live: Live, body: Any, status: int, says: str) -> None:
+    reply = live.call("POST", "/v1/completions", body)
+    assert (reply.status, says in reply.json["error"]["message"]) == (status, True), reply.body
+
+
+def test_more_texts_than_may_wait_are_told(live: Live, serving: Callable[..., Any]) -> None:
+    with serving(live.session._build, Limits(queue=2)) as small:
+        asked = {"model": "a", "prompt": ["w5", "w6", "w7"], "max_tokens": 2}
+        reply = small.call("POST", "/v1/completions", asked)
+        assert (reply.status, reply.headers["retry-after"]) == (429, "1")
+        assert small.call("POST", "/v1/completions", {**asked, "prompt": ["w5", "w6"]}).status == 200
+
+
+def test_a_stop_writes_what_was_taken_in(live: Live, serving: Callable[..., Any]) -> None:
+    asked = {"model": "a", "prompt": "w5 w6", "max_tokens": 50, "temperature": 0}
+    right = live.session.generate(["w5 w6"], "a", max_new_tokens=50)[0].text
+    with ThreadPoolExecutor(4) as pool:
+        with serving(live.session._build) as ending:
+            waiting = [pool.submit(ending.call, "POST", "/v1/completions", asked) for _ in range(4)]
+            while b"surgeon_writing_texts 4.0" not in ending.call("GET", "/metrics").body and not all(
+                f.done() for f in waiting
+            ):
+                time.sleep(0.001)
+        assert [future.result().json["choices"][0]["text"] for future in waiting] == [right] * 4
 
 
 def test_a_stream_that_nobody_reads_ends(live: Live, client: openai.OpenAI) -> None:

@@ -135,9 +135,12 @@ class Lab:
                 parameter.add_(by * torch.randn(parameter.shape, generator=noise))
         return model
 
-    def writers(self, model: PreTrainedModel, surgery: Sequence[Mapping[str, Any]]) -> Compiled:
+    def writers(
+        self, model: PreTrainedModel, surgery: Sequence[Mapping[str, Any]], modes: Sequence[str] = ("switch",)
+    ) -> Compiled:
         """Two tasks that write and are not the base."""
-        spec = {"surgery": list(surgery), "tasks": {"a": {}, "b": {}}, "export": {"generate": True}}
+        export = {"generate": True, "modes": list(modes)}
+        spec = {"surgery": list(surgery), "tasks": {"a": {}, "b": {}}, "export": export}
         made = surgeon.compile(spec, base=model)
         for seed, task in enumerate(made.tasks):
             self.move(made.model(task), seed=seed).eval()

@@ -1,23 +1,31 @@
 """Writing texts, greedily, by chance or by beam search: many rows at a time, from a cache of ONNX Runtime's."""
 
-from surgeon.runtime.generation.asking import Prompt, ask
-from surgeon.runtime.generation.beams import check_beams
+from surgeon.runtime.generation.asking import Prompt, ask, check_list
+from surgeon.runtime.generation.beams import Beams, check_beams
 from surgeon.runtime.generation.decoder import Decoder
+from surgeon.runtime.generation.decoding import Decoding, OneTask, TaskPerRow
 from surgeon.runtime.generation.options import Choice, check_counts, choice
-from surgeon.runtime.generation.rows import Listener, Written
+from surgeon.runtime.generation.rows import Listener, Row, Written
 from surgeon.runtime.generation.sources import Pair, write_from
-from surgeon.runtime.generation.writing import write
+from surgeon.runtime.generation.writing import Writer, write
 
 __all__ = [
+    "Beams",
     "Choice",
     "Decoder",
+    "Decoding",
     "Listener",
+    "OneTask",
     "Pair",
     "Prompt",
+    "Row",
+    "TaskPerRow",
+    "Writer",
     "Written",
     "ask",
     "check_beams",
     "check_counts",
+    "check_list",
     "choice",
     "write",
     "write_from",

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from surgeon.errors import DataError
+from surgeon.runtime.feeds import SEQUENCE
 from surgeon.runtime.generation.chat import Chat, Message
+from surgeon.runtime.generation.options import Choice
 from surgeon.runtime.generation.rows import Listener, Row, Voice
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from surgeon.runtime.reading import Reader
+    from surgeon.runtime.tasks import RunnableTask
 
 Prompt = str | Sequence[int] | Sequence[Message]
 """A text, token ids, or a conversation."""
@@ -25,37 +28,43 @@ def ask(
     prompts: Sequence[Prompt],
     reader: Reader,
     *,
+    tasks: Sequence[RunnableTask | None],
     room: int | None,
-    taken: int,
-    start: tuple[int, int] | None = None,
+    taken: Callable[[RunnableTask | None, str], int],
+    start: int | None = None,
+    choice: Choice,
     limit: int,
     seed: int,
     stop: Sequence[str],
     stream: Listener | None,
 ) -> list[Row]:
-    """A row for each prompt. Raises DataError for what is no prompt, is empty or too long.
+    """A row for each prompt, of its one of the `tasks`. Raises DataError for what is no prompt, is empty or too long.
 
-    The base has `room` positions, of which the task's own tokens take some; the last token written needs none. To an
-    encoder-decoder a prompt is a source: a text of its own begins with the token `start` names, and the task takes as
-    many of its positions as it says.
+    The base has `room` positions, of which a task's own tokens take some; the last token written needs none. To an
+    encoder-decoder a prompt is a source, and a text of its own begins with the token `start`.
     """
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        raise DataError("prompts are a list", try_="one prompt is a list of one")
     chats = any(map(_is_chat, prompts))
     words = bool(stop) or stream is not None or chats or any(isinstance(prompt, str) for prompt in prompts)
     tokenizer = reader.tokenizer if words or reader.has_tokenizer else None
     chat = reader.chat if chats else None
     rows = []
-    for number, prompt in enumerate(prompts):
+    for number, (prompt, task) in enumerate(zip(prompts, tasks, strict=True)):
         ids = _read(prompt, number, tokenizer, chat)
-        _check(ids, number, room, taken)
-        begun, before = (ids, taken) if start is None else ([start[0]], start[1])
+        own = taken(task, SEQUENCE)
+        _check(ids, number, room, own)
+        begun, before = (ids, own) if start is None else ([start], taken(task, f"decoder_{SEQUENCE}"))
         most = limit if room is None else min(limit, room - before - len(begun) + 1)
         say = None if stream is None else partial(stream, number)
         voice = None if tokenizer is None else Voice(tokenizer, stop, say)
         source = () if start is None else ids
-        rows.append(Row(number, begun, most, np.random.default_rng(seed + number), voice, source))
+        rows.append(Row(number, begun, most, np.random.default_rng(seed + number), choice, task, voice, source))
     return rows
+
+
+def check_list(prompts: object) -> None:
+    """Raise DataError for what is no list of prompts."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise DataError("prompts are a list", try_="one prompt is a list of one")
 
 
 def _check(ids: Sequence[int], number: int, room: int | None, taken: int) -> None:

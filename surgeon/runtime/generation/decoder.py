@@ -21,14 +21,28 @@ class Decoder:
     Binding keeps the cache with ONNX Runtime, and hands over a task's tensors once instead of at every step.
     """
 
-    def __init__(self, session: InferenceSession, generation: Generation, deltas: Mapping[str, OrtValue]) -> None:
-        self._session, self._generation, self._deltas = session, generation, deltas
+    def __init__(self, session: InferenceSession, generation: Generation) -> None:
+        self._session, self._generation = session, generation
         self._binding = session.io_binding()
-        for name, value in deltas.items():
-            self._binding.bind_ortvalue_input(name, value)
+        self._deltas: dict[str, OrtValue] = {}
+        self._arrays: dict[str, Array] = {}
         self._bound: Sequence[OrtValue] = ()
 
-    def step(self, ids: Array, mask: Array, past: Sequence[OrtValue]) -> tuple[Array, list[OrtValue]]:
+    def bind(self, deltas: Mapping[str, OrtValue]) -> None:
+        """Let these tensors be the deltas from now on, and all others what they were."""
+        for name, value in deltas.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._deltas.update(deltas)
+
+    def bind_arrays(self, arrays: Mapping[str, Array]) -> None:
+        """The same of arrays, whose memory is read at every step; those that are bound already cost nothing."""
+        fresh = {name: array for name, array in arrays.items() if self._arrays.get(name) is not array}
+        self.bind({name: OrtValue.ortvalue_from_numpy(array) for name, array in fresh.items()})
+        self._arrays.update(fresh)
+
+    def step(
+        self, ids: Array, mask: Array, past: Sequence[OrtValue], task_ids: Array | None = None
+    ) -> tuple[Array, list[OrtValue]]:
         """Logits `[rows, vocabulary]` of the last token, and the cache. Raises DataError where the graph cannot run.
 
         A shared cache is written in place, and bound only where it is another one than before.
@@ -36,6 +50,8 @@ class Decoder:
         binding, cache, shared = self._binding, self._generation.cache, self._generation.shared
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", mask)
+        if task_ids is not None:
+            binding.bind_cpu_input("task_ids", task_ids)
         binding.bind_output(LOGITS)
         if not (shared and past is self._bound):
             for tensor, value in zip(cache, past, strict=True):

@@ -74,7 +74,9 @@ def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_counts(*, max_new_tokens: int, batch: int, seed: int, stop: str | Sequence[str]) -> tuple[str, ...]:
+def check_counts(
+    *, max_new_tokens: int = 1, batch: int = 1, seed: int = 0, stop: str | Sequence[str] = ()
+) -> tuple[str, ...]:
     """Check the other options; returns the stop strings. Raises SpecError."""
     for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("batch", batch, 1), ("seed", seed, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:

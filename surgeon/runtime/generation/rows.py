@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from surgeon.runtime.generation.options import Choice
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-Reason = Literal["end", "stop", "length"]
+    from surgeon.runtime.tasks import RunnableTask
+
+Reason = Literal["end", "stop", "length", "gone"]
 Listener = Callable[[int, str], None]
 """Gets a row's number and what it goes on with."""
 
@@ -21,7 +25,8 @@ class Written:
     """A text that was written: without the prompt, an end token and a stop string.
 
     `tokens` are all that the model gave. `reason` is `end` for its own end, `stop` for a stop string, `length` where
-    it was cut. `text` is empty where the build has no tokenizer; `prompt` is how many tokens were there before.
+    it was cut, `gone` where nobody waited for it. `text` is empty where the build has no tokenizer; `prompt` is how
+    many tokens were there before.
     """
 
     text: str
@@ -30,14 +35,19 @@ class Written:
     prompt: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
-    """A row of a batch: a prompt's tokens, and those written so far; an encoder-decoder's has a source beside."""
+    """A row of a batch: a prompt's tokens, and those written so far; an encoder-decoder's has a source beside.
+
+    `choice` is how its next token is chosen, `task` the one that writes it, None for the base.
+    """
 
     number: int
     prompt: Sequence[int]
     limit: int
     rng: np.random.Generator
+    choice: Choice
+    task: RunnableTask | None = None
     voice: Voice | None = None
     source: Sequence[int] = ()
     tokens: list[int] = field(default_factory=list)

@@ -8,17 +8,16 @@ each instead: see `slots`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from onnxruntime import InferenceSession, OrtValue
+from onnxruntime import OrtValue
 
 from surgeon.errors import DataError
-from surgeon.runtime.generation.decoder import Decoder
-from surgeon.runtime.generation.options import Choice
+from surgeon.runtime.generation.decoding import Decoding
 from surgeon.runtime.generation.rows import Row
 from surgeon.runtime.generation.slots import Slots
-from surgeon.runtime.manifest import Generation, Manifest
+from surgeon.runtime.manifest import Generation
 from surgeon.runtime.taskfile import Array
 
 
@@ -32,24 +31,25 @@ class Batch:
         self._lengths: list[int] = []
 
     @property
-    def going(self) -> int:
+    def going(self) -> list[Row]:
         """Rows that have not ended."""
-        return sum(row.reason is None for row in (*self.rows, *(row for row, _ in self._fresh)))
+        return [row for row in (*self.rows, *(row for row, _ in self._fresh)) if row.reason is None]
 
-    def read(self, decoder: Decoder, row: Row) -> Array:
+    def read(self, decoding: Decoding, row: Row) -> Array:
         """Read the prompt of a row that is to come in; logits `[vocabulary]`."""
         ids = np.array([row.prompt], dtype=np.int64)
-        both, cache = decoder.step(ids, np.ones_like(ids), decoder.empty())
+        both, cache = decoding.read(row, ids, np.ones_like(ids), None)
         self._fresh.append((row, cache))
         logits: Array = both[0]
         return logits
 
-    def step(self, decoder: Decoder) -> Array:
+    def step(self, decoding: Decoding) -> Array:
         """Let every row go on by its last token; logits `[rows, vocabulary]`."""
         columns = max(self._lengths) + 1
         self._lengths = [length + 1 for length in self._lengths]
         mask = (np.arange(columns) >= columns - np.array(self._lengths)[:, None]).astype(np.int64)
-        logits, self._cache = decoder.step(np.array([row.tokens[-1:] for row in self.rows]), mask, self._cache)
+        ids = np.array([row.tokens[-1:] for row in self.rows])
+        logits, self._cache = decoding.write(self.rows, ids, mask, self._cache)
         return logits
 
     def renew(self) -> None:
@@ -77,38 +77,80 @@ def _wide(part: Array, columns: int) -> Array:
     return np.pad(part, ((0, 0), (0, 0), (columns - part.shape[2], 0), (0, 0)))
 
 
-def write(
-    rows: Sequence[Row],
-    session: InferenceSession,
-    manifest: Manifest,
-    generation: Generation,
-    deltas: Mapping[str, OrtValue],
-    *,
-    choice: Choice,
-    batch: int,
-) -> None:
-    """Write all rows to their ends, at most `batch` at a time, as the task of these tensors does.
+class Writer:
+    """At most `batch` rows that go on together; others may come in whenever one has ended.
 
-    The prompts are read with all of the task, every later token without what acts once.
+    `failed` hears of a row that cannot go on, or whose listener raises: it ends, and the others go on. Without, the
+    error ends them all.
     """
-    once = {delta.name for delta in manifest.deltas if delta.once}
-    reading = Decoder(session, generation, deltas)
-    writing = Decoder(session, generation, {name: value for name, value in deltas.items() if name not in once})
-    together = Slots(generation, deltas, rows, batch) if generation.shared else Batch()
-    waiting = iter(rows)
-    while True:
-        while together.going < batch and (row := next(waiting, None)) is not None:
-            _go_on(row, together.read(reading, row), choice, generation.ends)
-        together.renew()
-        if not together.rows:
-            return
-        for row, logits in zip(together.rows, together.step(writing), strict=True):
-            _go_on(row, logits, choice, generation.ends)
+
+    def __init__(
+        self,
+        decoding: Decoding,
+        generation: Generation,
+        batch: int,
+        failed: Callable[[Row, Exception], None] | None = None,
+    ) -> None:
+        self._decoding, self._ends, self._batch, self._failed = decoding, generation.ends, batch, failed
+        self._together = Slots(generation, batch) if generation.shared else Batch()
+
+    @property
+    def rows(self) -> list[Row]:
+        """Those that have not ended."""
+        return self._together.going
+
+    @property
+    def full(self) -> bool:
+        """Whether no other row can come in now."""
+        return len(self.rows) >= self._batch
+
+    def expect(self, rows: Sequence[Row]) -> None:
+        """Have room for all these rows, and no others, from the beginning."""
+        if isinstance(self._together, Slots) and rows:
+            own = {row.task: row for row in rows}.values()
+            fronts = [front[0].shape[1] if (front := self._decoding.front(row)) else 0 for row in own]
+            self._together.expect(rows, max(fronts), min(self._batch, len(rows)))
+
+    def take(self, row: Row) -> None:
+        """Read a row's prompt; it has its first token then."""
+        try:
+            self._go_on(row, self._together.read(self._decoding, row))
+        except Exception as error:
+            self._end(row, error)
+
+    def step(self) -> bool:
+        """Let every row go on by a token; False where there is none."""
+        self._together.renew()
+        rows = list(self._together.rows)
+        if not rows:
+            return False
+        for row, logits in zip(rows, self._together.step(self._decoding), strict=True):
+            try:
+                if row.reason is None:  # else its request has ended with another of its rows
+                    self._go_on(row, logits)
+            except Exception as error:
+                self._end(row, error)
+        return True
+
+    def _end(self, row: Row, error: Exception) -> None:
+        if self._failed is None:
+            raise error
+        row.reason = "gone"
+        self._failed(row, error)
+
+    def _go_on(self, row: Row, logits: Array) -> None:
+        if not np.isfinite(logits).all():
+            raise DataError(
+                f"the model gives NaN or infinity after {len(row.prompt) + len(row.tokens)} tokens of row {row.number}"
+            )
+        row.push(row.choice.next(logits, [*row.prompt, *row.tokens], row.rng), self._ends)
 
 
-def _go_on(row: Row, logits: Array, choice: Choice, ends: frozenset[int]) -> None:
-    if not np.isfinite(logits).all():
-        raise DataError(
-            f"the model gives NaN or infinity after {len(row.prompt) + len(row.tokens)} tokens of row {row.number}"
-        )
-    row.push(choice.next(logits, [*row.prompt, *row.tokens], row.rng), ends)
+def write(rows: Sequence[Row], writer: Writer) -> None:
+    """Write all rows to their ends."""
+    writer.expect(rows)
+    waiting, going = iter(rows), True
+    while going:
+        while not writer.full and (row := next(waiting, None)) is not None:
+            writer.take(row)
+        going = writer.step()

@@ -15,12 +15,17 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from surgeon.errors import DeltaError
 from surgeon.runtime.manifest import Manifest
+from surgeon.runtime.taskfile import Bytes
 from surgeon.runtime.tasks import TaskInfo
 
-MARK = b"SURGEON1"
-TAIL = struct.Struct(f"<II{len(MARK)}s")  # length of the JSON, CRC-32 of all before, the mark
+MARK = b"SURGEON2"
+TAIL = struct.Struct(f"<II{len(MARK)}s")  # length of the JSON, `checksum` of all before, the mark
+WORDS = 512
+"""Words of eight bytes in a row of the checksum: a page of memory."""
 MOST = 1 << 20
 """Bytes that what is said of a task may have."""
 
@@ -51,13 +56,25 @@ def seal(data: bytes, info: TaskInfo, ledger: str) -> bytes:
         "ledger": ledger,
     }
     body = data + json.dumps(document, sort_keys=True).encode()
-    return body + TAIL.pack(len(body) - len(data), zlib.crc32(body), MARK)
+    return body + TAIL.pack(len(body) - len(data), checksum(body), MARK)
 
 
-def unseal(whole: bytes, name: str, ledger: str, where: str) -> tuple[bytes, Seal]:
+def checksum(data: Bytes) -> int:
+    """CRC-32 of the sums of all rows and columns of words, and of what is left: it reads memory as fast as it comes.
+
+    A change goes unseen where it leaves every row's and every column's sum as it was, or by CRC-32's chance.
+    """
+    count = memoryview(data).nbytes // (8 * WORDS)
+    table = np.frombuffer(data, "<u8", count * WORDS).reshape(count, WORDS)
+    crc = zlib.crc32(table.sum(1, dtype="<u8").data, zlib.crc32(table.sum(0, dtype="<u8").data))
+    return zlib.crc32(memoryview(data)[count * 8 * WORDS :], crc)
+
+
+def unseal(whole: bytes, name: str, ledger: str, where: str) -> tuple[memoryview, Seal]:
     """The task file's bytes, and what is known of them. Raises DeltaError where one of them is not as it was added."""
-    data, document, crc = _split(whole, where)
-    if zlib.crc32(memoryview(whole)[: -TAIL.size]) != crc:
+    view = memoryview(whole)
+    document, crc = document_of(view, where)
+    if checksum(view[: -TAIL.size]) != crc:
         raise DeltaError(
             "the stored task was changed after it was added: its checksum does not hold",
             where=where,
@@ -67,7 +84,7 @@ def unseal(whole: bytes, name: str, ledger: str, where: str) -> tuple[bytes, Sea
     if found.info.name != name:
         raise DeltaError(f"the stored file is of task '{found.info.name}', not of '{name}'", where=where)
     check_ledger(found, ledger, where)
-    return data, found
+    return view[: -TAIL.size - len(document)], found
 
 
 def check_ledger(found: Seal, ledger: str, where: str) -> None:
@@ -98,8 +115,8 @@ def read_seal(document: bytes, crc: int, where: str) -> Seal:
         raise _foreign(where) from error
 
 
-def document_of(end: bytes, where: str) -> tuple[bytes, int]:
-    """The JSON in a file's last bytes, and its checksum; or how many bytes are needed, where it begins before them."""
+def document_of(end: Bytes, where: str) -> tuple[bytes, int]:
+    """The JSON in a file's last bytes, and its checksum."""
     if len(end) < TAIL.size:
         raise _foreign(where)
     length, crc, mark = TAIL.unpack_from(end, len(end) - TAIL.size)
@@ -107,12 +124,7 @@ def document_of(end: bytes, where: str) -> tuple[bytes, int]:
         raise _foreign(where)
     if length + TAIL.size > len(end):
         raise _foreign(where)
-    return end[len(end) - TAIL.size - length : -TAIL.size], crc
-
-
-def _split(whole: bytes, where: str) -> tuple[bytes, bytes, int]:
-    document, crc = document_of(whole, where)
-    return whole[: len(whole) - TAIL.size - len(document)], document, crc
+    return bytes(end[len(end) - TAIL.size - length : -TAIL.size]), crc
 
 
 def _foreign(where: str) -> DeltaError:

@@ -116,7 +116,7 @@ class TaskStore:
             try_=did_you_mean(str(name), names) if len(names) <= 1000 else None,
         )
 
-    def _read(self, name: str) -> tuple[bytes, Seal]:
+    def _read(self, name: str) -> tuple[memoryview, Seal]:
         whole = self._tried(lambda: self._place.read(name + SUFFIX)) if _nameable(name) else None
         if whole is None:
             raise self.unknown(name)

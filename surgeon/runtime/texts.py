@@ -1,0 +1,114 @@
+"""What a session writes: prompts become rows, and rows go on together, of one task or a task each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from surgeon.errors import DataError, SpecError
+from surgeon.runtime.generation import (
+    Beams,
+    Listener,
+    OneTask,
+    Prompt,
+    Row,
+    Writer,
+    Written,
+    ask,
+    check_counts,
+    check_list,
+    choice,
+    write,
+    write_from,
+)
+from surgeon.runtime.graphs import Graphs
+from surgeon.runtime.manifest import Generation, Manifest
+from surgeon.runtime.reading import Reader
+from surgeon.runtime.table import TaskTable
+from surgeon.runtime.tasks import RunnableTask
+
+TaskEach = str | Sequence[str | None] | None
+"""A task for all prompts, or one for each; None is the base."""
+
+
+class Texts:
+    """The writing side of a session. All methods may be called from many threads."""
+
+    def __init__(self, manifest: Manifest, reader: Reader, table: TaskTable, graphs: Graphs) -> None:
+        self._manifest, self._reader, self._table, self._graphs = manifest, reader, table, graphs
+
+    def prepare(
+        self,
+        prompts: Sequence[Prompt],
+        task: TaskEach = None,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+        stream: Listener | None = None,
+        drop: int = 0,
+    ) -> list[Row]:
+        """Rows that a writer may take, as `Session.generate` would write them. Raises as it does."""
+        check_list(prompts)
+        tasks = self._tasks(task, len(prompts), drop)
+        chosen = choice(temperature, top_k, top_p, repetition_penalty)
+        stops = check_counts(max_new_tokens=max_new_tokens, seed=seed, stop=stop)
+        source = self._generation.source
+        return ask(
+            prompts,
+            self._reader,
+            tasks=tasks,
+            room=self._manifest.base.max_length,
+            taken=lambda own, axis: 0 if own is None else self._manifest.taken(own.info.sizes, axis),
+            start=None if source is None else source.start,
+            choice=chosen,
+            limit=max_new_tokens,
+            seed=seed,
+            stop=stops,
+            stream=stream,
+        )
+
+    def writer(self, batch: int = 8, failed: Callable[[Row, Exception], None] | None = None) -> Writer:
+        """Rows of any tasks that go on together, of a build with the mode `mixed`; others may come in meanwhile.
+
+        Raises SpecError where the build does not write texts, or takes one task a call.
+        """
+        generation = self._generation
+        if generation.source is not None:
+            raise SpecError("an encoder-decoder writes texts of one task at a time", try_="a call for each task")
+        return Writer(self._graphs.open_several().decoding(), generation, batch, failed)
+
+    def write(self, rows: Sequence[Row], *, each: bool, batch: int, beams: Beams | None = None) -> list[Written]:
+        """Write rows to their ends, `batch` at a time; without `each` all are of one task."""
+        check_counts(batch=batch)
+        generation = self._generation
+        if each or (generation.source is None and self._graphs.alone):
+            write(rows, self.writer(batch))
+        elif rows:
+            first = rows[0]
+            deltas = {} if first.task is None else first.task.values()
+            if generation.source is None:
+                one = OneTask(self._graphs.single.session, self._manifest, generation, deltas)
+                write(rows, Writer(one, generation, batch))
+            else:
+                pair = self._graphs.pair
+                write_from(rows, pair, generation, deltas, choice=first.choice, beams=beams, batch=batch)
+        return [row.written for row in rows]
+
+    @property
+    def _generation(self) -> Generation:
+        if self._manifest.generation is None:
+            raise SpecError("this build does not write texts", try_="compile it with `export: {generate: true}`")
+        return self._manifest.generation
+
+    def _tasks(self, task: TaskEach, count: int, drop: int) -> list[RunnableTask | None]:
+        if task is None or isinstance(task, str):
+            return [self._table.find(task, drop)] * count
+        names = list(task)
+        if len(names) != count:
+            raise DataError(f"there are {len(names)} tasks for {count} prompts", try_="a task for every prompt")
+        found = {name: self._table.find(name, drop if name is not None else 0) for name in dict.fromkeys(names)}
+        return [found[name] for name in names]
