@@ -55,6 +55,8 @@ def main() -> None:
         command = [sys.executable, str(HERE / "write.py"), str(build), *tests]
         finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found[technique] = json.loads(finished.stdout)
+        for task, rows in found[technique]["tasks"].items():
+            say(f"{task}: {rows['before']['right']} right before, {rows['after']['right']} after, of {rows['rows']}")
     report(found)
     console.print(f"{time.perf_counter() - started:.0f} s.")
     build = FOLDER / next(iter(SURGERY))
