@@ -60,8 +60,12 @@ def _exported(
     training = model.training
     with _traceable(model, [i.name for i in inputs] if generates else None), _quiet():
         try:
+            model.train(not generates)
+            for module in model.modules():
+                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                    module.eval()  # a frozen base keeps its running statistics: in training too it is the base
             return torch.export.export(
-                model.train(not generates),
+                model,
                 (),
                 dict(sample),
                 dynamic_shapes=_cached_dims(inputs) if generates else _dims(inputs),
@@ -139,7 +143,7 @@ def _traceable(model: PreTrainedModel, cached: Sequence[str] | None) -> Iterator
     """Switch off what stops a trace (dropped layers, masked features, an unwanted cache) and restore it later."""
     configs = list({id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values())
     wanted: dict[str, Any] = {"layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
-    wanted |= {"apply_spec_augment": False}
+    wanted |= {"apply_spec_augment": False, "mask_time_prob": 0.0, "mask_feature_prob": 0.0}
     if cached is None:
         wanted["use_cache"] = False
     saved = [(c, k, getattr(c, k)) for c in configs for k in wanted if hasattr(c, k)]

@@ -171,8 +171,17 @@ def _groups(anatomy: Anatomy) -> dict[tuple[str, ...], list[Join]]:
             for p in last:
                 way = (descendants(p.node) & ancestors(join.branch)) - {p.node}
                 names |= {n for node in way for i in node.all_input_nodes if i not in way and (n := _parameter(i))}
+            names |= _banks(join) - {n for p in anatomy.projections for n in (p.weight, p.bias)}
             groups[tuple(sorted(names))].append(join)
     return groups
+
+
+def _banks(join: Join) -> set[str]:
+    """Weights of three dimensions that a product of the branch reads whole: of experts that all tokens go to, say."""
+    inside = ancestors(join.branch) & descendants(join.entry)
+    ways = [ancestors(n.args[1]) for n in inside if n.target is aten.bmm.default]  # type: ignore[arg-type]
+    fixed = [way for way in ways if all(i.op != "placeholder" for i in way)]
+    return {str(i.target) for way in fixed for i in way if i.op == "get_attr"}
 
 
 def _parameter(node: fx.Node) -> str | None:

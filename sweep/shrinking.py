@@ -47,8 +47,10 @@ ABSENT: dict[str, Callable[[Sizes], Any]] = {
 }
 """What a family may leave open and cannot be built without."""
 
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 MISSING: dict[str, dict[str, Any]] = {
-    "dbrx": {"attn_config": {"rope_theta": 1e4}},  # read by the model, and no field of the configuration
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},  # the model reads the one, and clips by the other
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE | {"mrope_section": [4, 2, 2]}}},
 }
 """What some families' defaults lack, so that no model can be built of them."""
 
@@ -207,6 +209,7 @@ RULES: tuple[tuple[str, Callable[[_Shrinker, int, Mapping[str, Any]], int], bool
         _at_most(1),
         True,
     ),
+    (r"(\w+_)?loops", _at_most(1), True),  # a depth is told by layers, not by calls
     (r"\w+_shared_layers", lambda s, v, f: v * s.sizes.layers // f.get("num_hidden_layers", v), True),
     (LAYERS, lambda s, v, _: min(v, s.sizes.layers), True),
     (r"(\w+_)?vocab_size(_\w+)?|ngram_vocab_size_base|unpadded_vocab_size", _at_most(131), True),

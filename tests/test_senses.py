@@ -12,6 +12,8 @@ from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -21,7 +23,9 @@ from surgeon.audit import audit
 from surgeon.compiler import Compiled
 from surgeon.errors import DataError, DeltaError, SelectorError, SpecError, TraceError
 from surgeon.inputs import base_inputs
+from surgeon.module import switchable
 from surgeon.spec import HeadName
+from surgeon.trace import trace
 from surgeon.train.kinds import takes_labels
 from sweep.cases import Case
 from sweep.chain import chain
@@ -122,3 +126,13 @@ def test_a_family_goes_the_whole_way(family: str) -> None:
     chain(Case(family, WIDE[family]), notes, [Sizes(layers=1), Sizes()])
     assert notes.get("cause") is None
     assert notes["export"] == "ok"
+
+
+def test_a_frozen_base_norms_by_its_running_statistics_in_training_too() -> None:
+    sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "image_size": 16}
+    model = ResNetForImageClassification(ResNetConfig(**sizes)).eval()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    graph = switchable(trace(model)).train()
+    images = torch.randn(3, 3, 16, 16)
+    torch.testing.assert_close(graph(pixel_values=images)["logits"], model(images).logits)
+    assert all(before[name].equal(buffer) for name, buffer in model.named_buffers())

@@ -12,6 +12,7 @@ def test_a_list_is_as_long_as_the_depth_it_goes_with() -> None:
     assert config.num_hidden_layers == config.n_input_layers + config.n_recurrent_layers + config.n_output_layers
     assert len(config.layer_types) == config.num_hidden_layers
     assert set(config.layer_types) == {"full_attention", "sliding_attention"}
+    assert config.n_recurrent_loops == 1
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4, 8])
