@@ -58,9 +58,11 @@ def broadcast(
     if name == "linear" and own == [*args[2:]]:
         product = writing.call(node.target, (row(args[0]), row(args[1])))  # type: ignore[arg-type]
         return writing.call(aten.add.Tensor, (product, filled(own[0])))
-    if name == "layer_norm" and set(own) == {a for a in args[2:4] if isinstance(a, fx.Node)}:
+    if name == "layer_norm" and set(own) <= {a for a in args[2:4] if isinstance(a, fx.Node)}:
         result = writing.call(node.target, (row(args[0]), args[1], None, None, *args[4:]))  # type: ignore[arg-type]
-        for operator, delta in zip((aten.mul.Tensor, aten.add.Tensor), args[2:4], strict=False):
-            result = result if delta is None else writing.call(operator, (result, filled(delta)))  # type: ignore[arg-type]
+        for operator, operand in zip((aten.mul.Tensor, aten.add.Tensor), args[2:4], strict=False):
+            if isinstance(operand, fx.Node):
+                value = filled(operand) if operand in deltas else row(operand)
+                result = writing.call(operator, (result, value))
         return result
     return None

@@ -46,8 +46,8 @@ class SingleGraph:
         options.log_severity_level = WARNING
         if active is not None:
             active.activate(options)
-            values = active.values()
-            given |= {t.past.name: values[t.start].numpy()[None] for t in self._cache if t.start is not None}
+            begun = [(t.past.name, t.start) for t in self._cache if t.start is not None]
+            given |= {past: active.values()[start].numpy()[None] for past, start in begun}
         # `active` must outlive the run: the options hold no reference to its tensors.
         try:
             outputs = self.session.run(self._outputs, given, options)

@@ -81,7 +81,7 @@ class RunnableTask:
         left = {name: tensor for name, tensor in self.tensors().items() if name not in dropped}
         path = self.path.with_name(f"{self.path.name.removesuffix(SUFFIX)}.drop-{layers}{SUFFIX}")
         write_adapter(path, left, manifest.base.fingerprint)
-        return _runnable(manifest, self.info, path)
+        return _runnable(self.info, path)
 
     def values(self) -> Mapping[str, OrtValue]:
         """The task's tensors, to be bound by name where ONNX Runtime ignores adapters; read at the first call."""
@@ -137,22 +137,20 @@ def load_task(
         sizes=MappingProxyType(sizes),
         parameters=sum(array.size for array in file.tensors.values()),
     )
-    return _runnable(manifest, info, copy)
+    return _runnable(info, copy)
 
 
-def load_checked(manifest: Manifest, info: TaskInfo, data: Bytes, directory: Path) -> RunnableTask:
+def load_checked(info: TaskInfo, data: Bytes, directory: Path) -> RunnableTask:
     """Load the bytes of a task file that was checked before, from a copy in the private `directory`."""
-    return _runnable(manifest, info, private_file(data, directory))
+    return _runnable(info, private_file(data, directory))
 
 
-def _runnable(manifest: Manifest, info: TaskInfo, path: Path) -> RunnableTask:
-    """A task of a checked file, which goes when the task does. Where texts are written its tensors are bound instead
-    of loaded, and both would be in memory.
+def _runnable(info: TaskInfo, path: Path) -> RunnableTask:
+    """A task of a checked file, which goes when the task does. It is loaded by the first run that needs it so: where
+    texts are written, or rows have a task each, its tensors are read instead, and both would be in memory.
     """
     task = RunnableTask(info, path)
     weakref.finalize(task, path.unlink, missing_ok=True)
-    if manifest.generation is None:
-        task.load()
     return task
 
 

@@ -21,7 +21,7 @@ LONG = 24
 LLAMA: list[dict[str, Any]] = [{"lora": {"rank": 4, "where": ["attention.value"]}}, {"prefix": {"length": 5}}]
 OTHER: dict[str, list[dict[str, Any]]] = {
     "llama": [{"lora": {"rank": 4}}, {"adapter": {"bottleneck": 4}}, {"prompt": {"length": 3}}],
-    "gpt2": [{"bitfit": {}}, {"lora": {"rank": 2}}, {"prefix": {"length": 2}}],
+    "gpt2": [{"bitfit": {}}, {"lora": {"rank": 2}}, {"prompt": {"length": 2}}],
     "gemma2": [{"adapter": {"bottleneck": 4}}, {"prefix": {"length": 3}}],
     "qwen3": [{"lora": {"rank": 2, "dora": True}}, {"norm_tuning": {}}],
     "opt": [{"lora": {"rank": 4}}, {"prefix": {"length": 3, "shift": False}}],

@@ -104,7 +104,7 @@ class TaskStore:
         """A task ready to run, its file a copy in `directory`. Raises as `info`."""
         version = self.version(name)
         data, found = self._read(name)
-        return Stored(load_checked(self._manifest, found.info, data, directory), version, len(data))
+        return Stored(load_checked(found.info, data, directory), version, len(data))
 
     def unknown(self, name: str) -> SpecError:
         """The error for a name that no task has."""
