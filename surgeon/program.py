@@ -111,9 +111,15 @@ class Program(Holding):
         )
         self.ledger.add(delta)
         self._makers[name] = self._author
-        example = init(delta.shape, generator(name)) if init else torch.zeros(delta.shape)
-        self._owner(name).register_parameter(name.rpartition(".")[2], torch.nn.Parameter(example.to(dtype)))
+        example = self._example(delta).to(dtype)
+        self._owner(name).register_parameter(name.rpartition(".")[2], torch.nn.Parameter(example))
         return delta
+
+    def _example(self, delta: Delta) -> Tensor:
+        """A value for the graph to hold; of a base without weights it has none either."""
+        if next(self.graph_module.parameters()).is_meta:
+            return torch.empty(delta.shape, device="meta")
+        return delta.init(delta.shape, generator(delta.name)) if delta.init else torch.zeros(delta.shape)
 
     @property
     def generates(self) -> bool:

@@ -42,6 +42,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3_text": {**_SMALL, **_TEXT, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16,
                     "layer_types": ["sliding_attention", "full_attention"]},
     "mistral": {**_SMALL, **_TEXT, "num_key_value_heads": 2, "sliding_window": 16},
+    "mixtral": {**_SMALL, **_TEXT, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**_SMALL, **_TEXT, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2,
+                  "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
+    "gpt_oss": {**_SMALL, **_TEXT, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4,
+                "num_experts_per_tok": 2, "sliding_window": 16},
     "t5": {**_ENCODER_DECODER, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2,
            "num_heads": 4, "vocab_size": 100, "pad_token_id": 0},
     "bart": {**_ENCODER_DECODER, **_TEXT, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
@@ -50,6 +55,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 HEADS = {"gpt2": "causal-lm", "gpt_neox": "causal-lm", "opt": "causal-lm", "llama": "causal-lm", "qwen3": "causal-lm",
          "gemma2": "causal-lm", "gemma3_text": "causal-lm", "mistral": "causal-lm",
+         "mixtral": "causal-lm", "qwen2_moe": "causal-lm", "gpt_oss": "causal-lm",
          "t5": "seq2seq-lm", "bart": "seq2seq-lm"}  # fmt: skip
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "fine", "great", "bad", "poor", "dull", "the", "a", "film", "was")
 

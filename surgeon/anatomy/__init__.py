@@ -3,12 +3,13 @@
 from surgeon.anatomy.finding import find
 from surgeon.anatomy.report import rows, summary
 from surgeon.anatomy.select import Selector, Where, select, selectors
-from surgeon.anatomy.sites import Anatomy, Attention, Embedding, Join, Norm, Projection, Site
+from surgeon.anatomy.sites import Anatomy, Attention, Embedding, Experts, Join, Norm, Projection, Site
 
 __all__ = [
     "Anatomy",
     "Attention",
     "Embedding",
+    "Experts",
     "Join",
     "Norm",
     "Projection",

@@ -52,7 +52,9 @@ class Weight:
     node: Node
     transposed: bool
     chosen: bool
-    """One of a bank of weights, picked by a computed index: an expert's."""
+    """One of a bank of weights, picked by an index: an expert's."""
+    index: Node | None
+    """The index, where it is computed."""
 
 
 class Facts:
@@ -63,6 +65,9 @@ class Facts:
         self.nodes: list[Node] = list(graph_module.graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.op = {node: _op(node) for node in self.nodes}
+        self._named: dict[str, set[Node]] = {}
+        self.probed: dict[str, tuple[int, ...]] = {}
+        """What `features` has found, by the text of the piece it ran."""
         self.inputs, self._storage = _inputs(self.nodes)
         self.users: dict[Node, list[Node]] = {node: [] for node in self.nodes}
         for node, inputs in self.inputs.items():
@@ -75,6 +80,12 @@ class Facts:
             self._classify(node)
         self.above = self._reach(self.nodes, self.inputs)
         self.below = self._reach(reversed(self.nodes), self.users)
+
+    def named(self, op: str) -> set[Node]:
+        """The nodes of an operator."""
+        if op not in self._named:
+            self._named[op] = {node for node in self.nodes if self.op[node] == op}
+        return self._named[op]
 
     def _classify(self, node: Node) -> None:
         inputs = self.inputs[node]
@@ -149,11 +160,12 @@ class Facts:
     def weight(self, operand: Node) -> Weight | None:
         """The one parameter that `operand` is, through views, casts and scaling by numbers; None for a mixture."""
         transposed = chosen = False
+        index: Node | None = None
         node = operand
         while node.op != "get_attr":
             op = self.op[node]
             if op in {"index", "select", "index_select"}:
-                chosen = True
+                chosen, index = True, _picked_by(node)
             elif op in {"t", "numpy_T"} or (op == "transpose" and swaps_last(node)) or op == "permute":
                 transposed = not transposed
             elif op not in LAYOUTS and not (op in {"mul", "div", "add"} and len(self.inputs[node]) == 1):
@@ -161,7 +173,7 @@ class Facts:
             if not self.inputs[node]:
                 return None
             node = self.inputs[node][0]
-        return Weight(node, transposed, chosen) if self.parameters[node] else None
+        return Weight(node, transposed, chosen, index) if self.parameters[node] else None
 
     def vector(self, operand: object, width: int | str) -> Node | None:
         """The `get_attr` of the parameter `[width]` that `operand` is, or None."""
@@ -227,6 +239,14 @@ def _op(node: Node) -> str:
         return getattr(node.target, "__name__", str(node.target))
     name: str = schema.name.split("::")[-1]
     return name[:-1] if _writes(node) and name.endswith("_") and not name.endswith("__") else name
+
+
+def _picked_by(node: Node) -> Node | None:
+    """The computed index by which `index`, `index_select` or `select` picks along the first axis; None for a number."""
+    chosen = node.args[-1]
+    if isinstance(chosen, (list, tuple)) and len(chosen) == 1:
+        chosen = chosen[0]
+    return chosen if isinstance(chosen, Node) else None
 
 
 def _writes(node: Node) -> bool:

@@ -113,6 +113,7 @@ class Finder:
             in_features=op.in_features,
             out_features=op.out_features if part.features is None else len(part.features),
             features=part.features,
+            experts=op.experts,
         )
 
     def _norms(self) -> dict[NormOp, Norm]:

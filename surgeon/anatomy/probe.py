@@ -24,15 +24,19 @@ def features(
 ) -> tuple[int, ...]:
     """Indices on the last axis of `source` that `target` depends on, after the in-place write `written` to it.
 
-    Ways through `cuts` do not count.
+    Ways through `cuts` do not count. Pieces alike, as those of layers alike are, are run once.
     """
     runner = Runner(facts, source, cuts=cuts)
-    with torch.enable_grad(), torch.device("cpu"):
-        runner.value(written or target)
-        result = runner.value(target)
-        (gradient,) = torch.autograd.grad((result * _random(result, 0.5)).sum(), runner.cut)
-    used = gradient.reshape(-1, gradient.shape[-1]).ne(0).any(0)
-    return tuple(used.nonzero().flatten().tolist())
+    wanted = [written or target, target]
+    key = runner.text(wanted)
+    if key not in facts.probed:
+        with torch.enable_grad(), torch.device("cpu"):
+            runner.start()
+            _, result = [runner.value(node) for node in wanted]
+            (gradient,) = torch.autograd.grad((result * _random(result, 0.5)).sum(), runner.cut)
+        used = gradient.reshape(-1, gradient.shape[-1]).ne(0).any(0)
+        facts.probed[key] = tuple(used.nonzero().flatten().tolist())
+    return facts.probed[key]
 
 
 def integers(facts: Facts, node: Node, fill: int) -> Tensor | None:
@@ -56,25 +60,41 @@ class Runner:
 
     def __init__(self, facts: Facts, source: Node | None, fill: int = 1, cuts: Collection[Node] = ()) -> None:
         self.facts = facts
+        self.source = source
         self.fill = fill
         self.cuts = cuts
-        self.known: dict[Node, Any] = {}
-        self.way = 0
+        self.known: dict[Node, Any] = {} if source is None else {source: None}
+        self.way = 0 if source is None else facts.below[facts.position[source]]
         self.cut = torch.empty(0)
-        if source is not None:
-            self.way = facts.below[facts.position[source]]
-            self.cut = _made_up(source).requires_grad_()
-            with torch.enable_grad():  # behind a clone, for the region may write to it in place
-                self.known[source] = self.cut.clone()
+
+    def start(self) -> None:
+        """Make up the source, with a gradient."""
+        assert self.source is not None
+        self.cut = _made_up(self.source).requires_grad_()
+        self.known[self.source] = self.cut.clone()  # a clone, for the region may write to it in place
+
+    def text(self, targets: Collection[Node]) -> str:
+        """What is run for `targets`, before anything is: equal for pieces that compute the same."""
+        names = {node: str(i) for i, node in enumerate([*self.known, *dict.fromkeys(self._needed(targets))])}
+        lines = [f"{_value(node)}" if node in self.known else self._line(node, names) for node in names]
+        return "\n".join([*lines, *(names[node] for node in targets)])
+
+    def _line(self, node: Node, names: dict[Node, str]) -> str:
+        if self._is_made_up(node) or not isinstance(node.meta.get("val"), (Tensor, list, tuple)):
+            return _value(node)
+        if node.op in {"placeholder", "get_attr"}:
+            return f"{node.target}"
+        args = map_aggregate((node.args, node.kwargs), lambda a: f"%{names[a]}" if isinstance(a, Node) else a)
+        return f"{node.target}{args}"
 
     def value(self, target: Node) -> Any:
         """The value of one node."""
-        for node in self._needed(target):
+        for node in self._needed([target]):
             self.known[node] = self._evaluate(node)
         return self.known[target]
 
-    def _needed(self, target: Node) -> list[Node]:
-        needed, todo = set(), [target]
+    def _needed(self, targets: Collection[Node]) -> list[Node]:
+        needed, todo = set(), [*targets]
         while todo:
             node = todo.pop()
             if node in needed or node in self.known:
@@ -128,6 +148,12 @@ def _made_up(node: Node) -> Tensor:
 def _random(like: Tensor, low: float) -> Tensor:
     rng = torch.Generator("cpu").manual_seed(like.numel())
     return (torch.rand(like.shape, generator=rng, device="cpu") + low).to(like.dtype)
+
+
+def _value(node: Node) -> str:
+    """Type and sizes of a value, or the number that it is."""
+    value = node.meta.get("val")
+    return f"{value.dtype}{_sizes(value)}" if isinstance(value, Tensor) else f"{_number(value)}"
 
 
 def _sizes(value: Tensor) -> list[int]:

@@ -50,10 +50,8 @@ def downs(reading: Reading, place: Place) -> list[WeightedOp]:
 
 def _routes(reading: Reading, op: WeightedOp) -> bool:
     facts = reading.facts
-    found = facts.nearest_below(
-        op.node, [n for n in facts.nodes if facts.op[n] == "topk"], set(reading.weighted) - {op.node}
-    )
-    return bool(found)
+    choices = facts.named("topk")
+    return bool(choices and facts.nearest_below(op.node, choices, reading.weighted.keys() - {op.node}))
 
 
 def _attention(reading: Reading, place: Place, own: list[WeightedOp]) -> list[Part]:

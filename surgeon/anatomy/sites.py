@@ -24,6 +24,16 @@ class Site:
         return f"{self.stack}/{self.role}{at}"
 
 
+@dataclass(frozen=True)
+class Experts:
+    """How the rows of a projection find the expert whose weight they are multiplied with."""
+
+    count: int
+    routing: Node
+    """The number of each row's expert `[rows]`; of rows `sorted` by expert, where those of each end `[count]`."""
+    sorted: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Projection(Site):
     """A weight multiplied with activations: `output = input @ W + bias`.
@@ -47,6 +57,9 @@ class Projection(Site):
     out_features: int
     """Features of this role: `len(features)` for a slice."""
     features: tuple[int, ...] | None = None
+    experts: Experts | None = None
+    """Where the weight holds one for each of several experts, `[experts, …]`: `input` and `output` are then rows
+    `[rows, features]`, of which each goes to one of them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from surgeon.anatomy.facts import CONVOLUTIONS, PRODUCTS, RESHAPES, Facts, Weight, rank, shape, width
+from surgeon.anatomy.sites import Experts
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,7 @@ class WeightedOp:
     plain: bool
     """A two-dimensional weight on the last axis: what a delta can be added to."""
     expert: bool
+    experts: Experts | None
     static: bool
     """The operand is itself computed of weights: relative positions, say."""
     depthwise: bool
@@ -101,9 +103,18 @@ def _call_site(
         out_features=out_features,
         plain=plain,
         expert=expert,
+        experts=_experts(facts, node, weight) if plain and len(sizes) == 3 else None,
         static=static,
         depthwise=op in CONVOLUTIONS and isinstance(groups, int) and groups > 1 and sizes[1] == 1,
     )
+
+
+def _experts(facts: Facts, node: Node, weight: Weight) -> Experts | None:
+    """How rows are routed, where one tensor holds the weights of several experts."""
+    grouped = "grouped_mm" in facts.op[node]
+    routing = (node.kwargs.get("offs") or node.args[2]) if grouped else weight.index
+    count = shape(weight.node)[0]
+    return Experts(count, routing, grouped) if isinstance(routing, Node) and isinstance(count, int) else None
 
 
 def _inner_bias(facts: Facts, node: Node, features: int) -> Node | None:

@@ -8,6 +8,8 @@ long.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, fx
 
@@ -36,9 +38,25 @@ def laid_out(graph_module: fx.GraphModule, program: Program, *, turned: bool) ->
         result.meta = dict(node.meta)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
+    if turned:
+        _turn_experts(graph_module, reads)
     graph.eliminate_dead_code()
     graph_module.recompile()
     return graph_module
+
+
+def _turn_experts(graph_module: fx.GraphModule, reads: Mapping[fx.Node, str]) -> None:
+    """The same for products of rows in runs, whose weights are `[experts, out, in]`."""
+    graph = graph_module.graph
+    for factor in graph.find_nodes(op="call_function", target=aten.transpose.int):
+        name, readers = reads.get(factor.args[0]), list(factor.users)
+        of_three = factor.meta["val"].dim() == 3 and {axis % 3 for axis in factor.args[1:]} == {1, 2}
+        if name is None or not of_three or not all("grouped_mm" in str(reader.target) for reader in readers):
+            continue
+        with graph.inserting_before(factor):
+            matrices = graph.get_attr(_turn(graph_module, name))
+        for reader in readers:
+            reader.replace_input_with(factor, matrices)
 
 
 def _linear(user: fx.Node, weight: fx.Node) -> bool:
@@ -50,7 +68,7 @@ def _turn(graph_module: fx.GraphModule, name: str) -> str:
     owner, _, leaf = name.rpartition(".")
     module = graph_module.get_submodule(owner)
     if not hasattr(module, leaf + TURNED):
-        module.register_buffer(leaf + TURNED, getattr(module, leaf).detach().T)
+        module.register_buffer(leaf + TURNED, getattr(module, leaf).detach().transpose(-1, -2))
     return name + TURNED
 
 

@@ -23,6 +23,7 @@ from onnx_ir.passes import common
 
 from surgeon.base.checkpoint import Checkpoint
 from surgeon.errors import InvariantError, TraceError
+from surgeon.exporters.experts import translations
 from surgeon.exporters.exported import exported
 from surgeon.exporters.layout import laid_out
 from surgeon.exporters.pairs import paired
@@ -150,6 +151,7 @@ def convert(
                 optimize=True,
                 input_names=[*(i.name for i in program.inputs), *deltas],
                 output_names=list(function.call_spec.out_spec.context),
+                custom_translation_table=translations(function.graph),
                 verbose=False,
             )
         except TraceError:

@@ -105,8 +105,16 @@ class Writer:
                 continue
             sites = self.compiled.program.anatomy.projections
             site = next(s for s in sites if (s.path, s.role, s.stack) == (delta.site, delta.role, delta.stack))
+            if site.experts is not None:
+                raise DeltaError(
+                    f"{delta.name} belongs to experts, which PEFT has in a layout of its own",
+                    there_is=site.weight,
+                    try_="serve the task beside the base, as the build does",
+                )
             path = module_names(self.model, site.weight)[0].removesuffix(".weight")
             found.setdefault(path, []).append((site, delta))
+        if twice := [path for path, own in found.items() if len({s.role for s, _ in own}) < len(own)]:
+            raise DeltaError(f"PEFT has one product for all calls of {twice[0]}, and this task one for each")
         return found
 
     # -- methods ------------------------------------------------------------------------------------------------

@@ -234,6 +234,8 @@ class RowWise:
 
     def _each(self, node: fx.Node, tensors: list[fx.Node], texts: list[fx.Node], *, own: bool) -> Any:
         """The operation mapped over rows; the batch of each is one."""
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace != "aten":
+            raise self._refusal(node)  # vmap has no rule for it, and would call it once for each of the many rows
         sizes = {n: self._size(n, ONE) for n in node.all_input_nodes if n not in self._env}
         written = [n for n, size in sizes.items() if isinstance(size, fx.Node)]
         operands = [self._row(n) if n in texts else self._again(n, ONE) for n in tensors]
@@ -263,7 +265,11 @@ class RowWise:
             result = self.writing.splice(each(spread), read, whole=False)
             if not any(_counts_rows(n) for n in list(self.writing.graph.nodes)[before:]):
                 return result
-        raise CompositionError(
+        raise self._refusal(node)
+
+    @staticmethod
+    def _refusal(node: fx.Node) -> CompositionError:
+        return CompositionError(
             f"rows of several tasks: '{node.target}' cannot be computed for any number of rows",
             there_is=f"{node}, made by {node.meta.get('surgeon', ('the base',))[0]}",
             try_="`modes: [switch]` in `export`: one task a call",

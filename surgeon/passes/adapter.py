@@ -12,6 +12,7 @@ He et al. (arXiv:2110.04366), section 3.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -23,6 +24,7 @@ from surgeon.ledger import Delta
 from surgeon.starts import Init, truncated_normal, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.norm_tuning import train_norms
+from surgeon.passes.product import call_of
 from surgeon.program import Program
 
 Placement = Literal["houlsby", "pfeiffer", "parallel"]
@@ -52,6 +54,9 @@ class Adapter(Pass):
     activation: Literal["gelu", "relu", "silu", "tanh"] = Field("gelu", description="Between the two projections.")
     scale: PositiveFloat | None = Field(
         None, description="Factor s of the adapter's output; unset it is 4 for `parallel` (He et al.) and 1 else."
+    )
+    shared: bool = Field(
+        True, description="One adapter for all calls of a module that layers share (ALBERT); else each has its own."
     )
     norms: bool | None = Field(
         None, description="Train the layer norms too; unset it is true for `houlsby`, as in the paper, false else."
@@ -102,11 +107,13 @@ class Adapter(Pass):
     ) -> tuple[Delta, Delta, Delta, Delta]:
         """The four tensors at a join; a weight without a start comes from a fold."""
         d, m, free = join.width, self.bottleneck, "bottleneck"
+        call = "" if self.shared else call_of(program, join)
+        make: Callable[..., Delta] = partial(program.delta, join, qualifier=call, droppable=True)
         return (
-            program.delta(join, "down.weight", (d, m), start_down, free={1: free}, droppable=True),
-            program.delta(join, "down.bias", (m,), zeros, free={0: free}, droppable=True),
-            program.delta(join, "up.weight", (m, d), start_up, free={0: free}, droppable=True),
-            program.delta(join, "up.bias", (d,), zeros, droppable=True),
+            make("down.weight", (d, m), start_down, free={1: free}),
+            make("down.bias", (m,), zeros, free={0: free}),
+            make("up.weight", (m, d), start_up, free={0: free}),
+            make("up.bias", (d,), zeros),
         )
 
     @property

@@ -2,6 +2,7 @@
 
     y = x·W + b   becomes   y = x·W + b + s · (drop(x)·A)·B      A [in, r], B [r, out], s = alpha / r
     y = E[ids]    becomes   y = E[ids] + s · A[ids]·B            A [rows, r], B [r, width]
+    y = x·W[e]    becomes   y = x·W[e] + s · (x·A[e])·B[e]       A [experts, in, r], B [experts, r, out], x goes to e
     with `dora`             y = x·V·(m / ‖V‖) + b                V = W + s·A·B, norms of columns, m [out] from ‖W‖
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, section 4.1. rsLoRA's s = alpha / √r:
@@ -26,7 +27,7 @@ from surgeon.ledger import Delta
 from surgeon.starts import Init, kaiming_uniform, normal, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.magnitude import magnitude
-from surgeon.passes.product import beside, beside_table, check_rank, part_of
+from surgeon.passes.product import beside, beside_experts, beside_table, call_of, check_rank, part_of
 from surgeon.program import Program
 
 Target = Projection | Embedding
@@ -38,7 +39,8 @@ class LoRA(Pass):
 
     A fresh product is zero, so a fresh task is exactly the base. A role that is a slice of a fused projection gets a
     product of its own on just its features; a selector of embeddings (`embedding.token`) adapts what is looked up, and
-    leaves a head that is tied to the table alone. Raises SpecError where the rank exceeds the projection.
+    leaves a head that is tied to the table alone. Where a projection holds a weight for each of several experts
+    (`moe.up`), each has a product of its own. Raises SpecError where the rank exceeds the projection.
     """
 
     name: ClassVar[str] = "lora"
@@ -61,6 +63,9 @@ class LoRA(Pass):
         "kaiming",
         description="Fresh `lora_A`: U(±1/√in), N(0, 1/r), or half of the ranks of A and the other half of B at "
         "N(0, 0.1) and the rest zero, so that both move from the first step and their product is exactly zero.",
+    )
+    shared: bool = Field(
+        True, description="One product for all calls of a module that layers share (ALBERT); else each has its own."
     )
     where: Where = Field(
         selectors("attention.query", "attention.value"),
@@ -88,10 +93,15 @@ class LoRA(Pass):
 
     def _adapt(self, program: Program, site: Projection, r: int, scale: Callable[[Tensor], float]) -> None:
         check_rank(f"{self.asked_by}.rank", r, site.label, site.in_features, site.out_features)
-        make: Callable[..., Delta] = partial(program.delta, site, qualifier=part_of(site))
+        call = "" if self.shared else call_of(program, site)
+        make: Callable[..., Delta] = partial(program.delta, site, qualifier=".".join(filter(None, (part_of(site), call))))
         fresh_a, fresh_b = self._starts(r)
-        a = make("lora_A", (site.in_features, r), fresh_a, free={1: "rank"})
-        b = make("lora_B", (r, site.out_features), fresh_b, free={0: "rank"}, rate=self.plus)
+        each = (site.experts.count,) if site.experts else ()
+        a = make("lora_A", (*each, site.in_features, r), fresh_a, free={len(each) + 1: "rank"})
+        b = make("lora_B", (*each, r, site.out_features), fresh_b, free={len(each): "rank"}, rate=self.plus)
+        if site.experts:
+            self._adapt_experts(program, site, a, b, scale)
+            return
         if self.dora:
             beside(program, site, a, b, self.dropout, gain=magnitude(program, site, a, b, scale))
             return
@@ -101,6 +111,17 @@ class LoRA(Pass):
             bias = make("lora_bias", (site.out_features,), zeros, rate=self.plus)
             program.fold((b.name, bias.name), (bias.name,), lambda b, c: (c * scale(b),))
         beside(program, site, a, b, self.dropout, bias=bias)
+
+    def _adapt_experts(
+        self, program: Program, site: Projection, a: Delta, b: Delta, scale: Callable[[Tensor], float]
+    ) -> None:
+        if asked := next((option for option in ("dora", "bias") if getattr(self, option)), None):
+            raise SpecError(
+                f"{self.asked_by}.{asked} is not defined for {site.label}, a weight for each of several experts",
+                try_=f"two `{self.asked_by}` items, the one with the experts without `{asked}`",
+            )
+        program.fold((b.name,), (b.name,), lambda b: (b * scale(b),))
+        beside_experts(program, site, a, b, self.dropout)
 
     def _adapt_table(self, program: Program, site: Embedding, r: int, scale: Callable[[Tensor], float]) -> None:
         if self.dora:
@@ -120,17 +141,17 @@ class LoRA(Pass):
         program.replace(site.node, beside_table(site), (a, b), also=(site.index,))
 
     def _scale(self, alpha: float, b: Tensor) -> float:
-        r = max(b.shape[0], 1)
+        r = max(b.shape[-2], 1)
         return alpha / (math.sqrt(r) if self.rslora else r)
 
     def _starts(self, r: int) -> tuple[Init, Init]:
         match self.start:
             case "kaiming":
-                return kaiming_uniform(0), zeros
+                return kaiming_uniform(-2), zeros
             case "gaussian":
                 return normal(1 / r), zeros
             case _:
-                return _half(1, first=True), _half(0, first=False)
+                return _half(-1, first=True), _half(-2, first=False)
 
 
 def _half(axis: int, *, first: bool) -> Init:
@@ -139,7 +160,7 @@ def _half(axis: int, *, first: bool) -> Init:
     def init(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
         rank = torch.arange(shape[axis])
         chosen = (rank < (shape[axis] + 1) // 2) == first
-        return 0.1 * torch.randn(shape, generator=rng) * (chosen if axis else chosen[:, None])
+        return 0.1 * torch.randn(shape, generator=rng) * (chosen if axis == -1 else chosen[:, None])
 
     return init
 

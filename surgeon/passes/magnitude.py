@@ -17,7 +17,6 @@ from torch import Tensor
 from surgeon.anatomy import Projection
 from surgeon.ledger import Delta
 from surgeon.starts import value
-from surgeon.passes.product import part_of
 from surgeon.program import Program
 
 
@@ -37,7 +36,8 @@ def magnitude(program: Program, site: Projection, a: Delta, b: Delta, scale: Cal
             n = norm(a @ b)
         return b * (m / n), m / n - 1
 
-    gain = program.delta(site, "lora_gain", (site.out_features,), None, qualifier=part_of(site))
+    own = a.name.removeprefix(f"{site.path}.").removesuffix(a.part).rstrip(".")
+    gain = program.delta(site, "lora_gain", (site.out_features,), None, qualifier=own)
     m = program.trained(gain.name.replace("lora_gain", "lora_magnitude"), (site.out_features,), value(norm(0.0)))
     program.fold((a.name, b.name, m.name), (b.name, gain.name), folded)
     return gain

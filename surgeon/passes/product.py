@@ -2,6 +2,7 @@
 
     y -> y + (drop(x)·A)·B + c                                A [in, r], B [r, out], and where there is one c [out]
     y -> y + A[ids]·B                                         A [rows, r], B [r, width], at a table
+    y -> y + (drop(x)·A[e])·B[e]                              A [experts, in, r], B [experts, r, out], at experts
     y -> y·(1 + g) - b·g + (drop(x)·A)·B                      with a gain g [out] (DoRA): the base's bias b is not scaled
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from surgeon.anatomy import Embedding, Projection
+from surgeon.anatomy import Embedding, Projection, Site
 from surgeon.errors import SpecError
 from surgeon.ledger import Delta
 from surgeon.passes.slices import scatter
@@ -56,6 +57,32 @@ def beside(
         program.replace(site.output, scaled_but_the_bias, (a, b, gain), also=(site.input, own))
 
 
+def beside_experts(program: Program, site: Projection, a: Delta, b: Delta, dropout: float = 0.0) -> None:
+    """Add `(drop(x)·a[e])·b[e]` to what `site` gives, e being the expert that a row of x goes to."""
+    assert site.experts is not None
+    place = scatter(site)
+    # The one product of rows in runs that has a gradient everywhere; transformers' traces have it for the weights too.
+    product = grouped_mm if site.experts.sorted else _picked
+
+    def added(y: Tensor, x: Tensor, routing: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        if dropout:
+            x = torch.nn.functional.dropout(x, dropout)
+        return y + place(product(product(x, a, routing), b, routing))
+
+    program.replace(site.output, added, (a, b), also=(site.input, site.experts.routing))
+
+
+def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """`x [rows, in]` by `weights [experts, in, out]`: expert e's rows end at `ends[e]`."""
+    found: Tensor = torch.ops.transformers.grouped_mm_fallback(x, weights, ends)
+    return found
+
+
+def _picked(x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """`x [rows, in]` by `weights [experts, in, out]`: `experts [rows]` are the numbers of each row's."""
+    return (x.unsqueeze(-2) @ weights.index_select(0, experts)).squeeze(-2)
+
+
 def beside_table(site: Embedding) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """`y + a[ids]·b`. The base's padding row learns nothing, and ids beyond the table (a prompt's) read any row."""
     rows = site.rows
@@ -70,9 +97,15 @@ def beside_table(site: Embedding) -> Callable[[Tensor, Tensor, Tensor, Tensor], 
     return looked_up
 
 
+def call_of(program: Program, site: Site) -> str:
+    """What tells the calls of a module that several layers share apart in the names of their deltas."""
+    alike = (other for other in program.anatomy.sites() if other.path == site.path and other.role == site.role)
+    return f"layer_{site.layer}" if len({other.layer for other in alike}) > 1 else ""
+
+
 def part_of(site: Projection) -> str:
-    """What tells the roles of one fused projection apart in the names of their deltas."""
-    return site.role.rpartition(".")[2] if site.features else ""
+    """What tells the roles of one fused projection, or of the experts of one module, apart in the names of deltas."""
+    return site.role.rpartition(".")[2] if site.features or site.experts else ""
 
 
 def check_rank(option: str, rank: int, label: str, rows: int, columns: int) -> None:

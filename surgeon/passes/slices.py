@@ -54,7 +54,7 @@ def gather(site: Projection) -> Callable[[Tensor], Tensor]:
 def fused_width(site: Projection) -> int:
     """Output features of the whole fused projection."""
     shape = site.weight_node.meta["val"].shape
-    return int(shape[1] if site.in_first else shape[0])
+    return int(shape[-1] if site.in_first else shape[-2])  # in front of these, experts
 
 
 def _heads(own: tuple[int, ...], width: int) -> tuple[int, int, int, int] | None:
