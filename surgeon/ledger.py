@@ -47,9 +47,10 @@ class Delta:
     padding: float = 0.0
     once: bool = False
 
-    def sample(self) -> Tensor:
+    def sample(self, device: torch.device | None = None) -> Tensor:
         """Zeros to trace with: free axes of at least two, since sizes 0 and 1 are frozen by a trace."""
-        return torch.zeros([max(s, 2) if a in self.free else s for a, s in enumerate(self.shape)], dtype=self.dtype)
+        shape = [max(s, 2) if a in self.free else s for a, s in enumerate(self.shape)]
+        return torch.zeros(shape, dtype=self.dtype, device=device)
 
     @property
     def least(self) -> dict[int, int]:

@@ -215,7 +215,7 @@ class Rewriting:
         dynamic = [DimDynamic.DYNAMIC if axis in delta.free else DimDynamic.STATIC for axis in range(len(delta.shape))]
         device = next(self.graph_module.parameters()).device
         fake: FakeTensor = next(modes).from_tensor(
-            delta.sample().to(device), symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic)
+            delta.sample(device), symbolic_context=StatelessSymbolicContext(dynamic_sizes=dynamic)
         )
         return fake
 

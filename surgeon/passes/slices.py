@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -57,6 +58,7 @@ def fused_width(site: Projection) -> int:
     return int(shape[-1] if site.in_first else shape[-2])  # in front of these, experts
 
 
+@cache
 def _heads(own: tuple[int, ...], width: int) -> tuple[int, int, int, int] | None:
     """Features that lie alike in every head, as (heads, width of one, first, how many); None if they do not.
 
