@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-generation test lint sweep architectures bench bench-generation bench-many bench-serving soak counts quality quality-fusion ray goldens docs clean
+.PHONY: help setup demo demo-generation test lint sweep architectures bench bench-generation bench-many bench-serving bench-growth soak counts quality quality-fusion ray goldens docs clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -55,6 +55,9 @@ bench-serving: setup ## the server under rising load, 1 to 10,000 tasks, against
 
 bench-many: setup ## loading, calling and holding thousands of tasks; several tasks a text; writes docs/benchmarks-many.md (5 minutes)
 	$(BIN)/python -m benchmarks.many
+
+bench-growth: setup ## compile memory against bytes, time against layers, places of weights; writes docs/growth.md (6 minutes)
+	$(BIN)/python -m benchmarks.growth
 
 soak: setup ## ten minutes of mixed load on two servers, one killed now and then, with changing tasks and bad clients: no wrong answer, memory flat (SECONDS=600)
 	$(BIN)/python -m benchmarks.soak --seconds $(or $(SECONDS),600)
