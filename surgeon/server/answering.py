@@ -16,7 +16,7 @@ from surgeon.runtime.answers import LOGITS, answers
 from surgeon.runtime.feeds import SEQUENCE, complete
 from surgeon.runtime.taskfile import Array
 from surgeon.runtime.text import Text
-from surgeon.server.faults import TOO_LARGE, Fault
+from surgeon.server.faults import TOO_LARGE, Fault, unknown
 from surgeon.server.gathering import Gatherer, Job, Outputs, answer, fail
 from surgeon.server.joining import find_padding, form_of, join, length_of
 from surgeon.server.limits import Limits
@@ -94,13 +94,13 @@ class Answering:
             found = self._together(jobs)
         except Exception as error:
             if len(jobs) == 1:
-                fail(jobs[0], error)
+                fail(jobs[0], self._told(jobs[0], error))
                 return
             for job in jobs:
                 try:
                     [alone] = self._together([job])
                 except Exception as own:
-                    fail(job, own)
+                    fail(job, self._told(job, own))
                 else:
                     answer(job, alone)
             return
@@ -117,6 +117,14 @@ class Answering:
             elif self.classifies:
                 found[i] |= _labels(found[i], before[job.task])
         return found
+
+    def _told(self, job: Job, error: Exception) -> Exception:
+        """What a job hears: a task that was removed while it waited is an unknown one."""
+        try:
+            self.info(job.task)
+        except SpecError as gone:
+            return unknown(gone)
+        return error
 
     def _changed(self, task: str | None, before: TaskInfo | None) -> bool:
         try:

@@ -263,8 +263,9 @@ def test_a_batch_that_fails_fails_for_the_one_at_fault_alone(live: Live) -> None
         answering._run([others[0], doomed, others[1]])
     finally:
         path.write_bytes(kept)
-    with pytest.raises(SpecError, match="there is no task 't5'"):
+    with pytest.raises(Fault, match="there is no task 't5'") as told:
         doomed.future.result(0)
+    assert told.value.status == 404
     for one in others:
         right = live.session.run(arrays, one.task)["logits"]
         np.testing.assert_allclose(one.future.result(0)["logits"], right, atol=1e-5)
