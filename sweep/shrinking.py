@@ -136,7 +136,9 @@ class _Shrinker:
         found = {n: self._value(n, v, fields) for n, v in fields.items() if n not in lists}
         changed = {n: new for n, new in found.items() if new is not None and new != fields[n]}
         changed |= self._total(fields | changed, fields)
-        depths = {v: changed.get(n, v) for n, v in fields.items() if isinstance(v, int) and _is_depth(n)}
+        names = [n for n, v in fields.items() if isinstance(v, int) and _is_depth(n)]
+        names.sort(key="num_hidden_layers".__eq__)
+        depths = {fields[n]: changed.get(n, fields[n]) for n in names}  # where several are equal, that of all layers
         shorter = {n: self._list(v, depths.get(len(v), self.sizes.layers)) for n, v in lists.items()}
         return changed | {n: new for n, new in shorter.items() if new is not None and new != fields[n]}
 

@@ -13,6 +13,8 @@ def test_a_list_is_as_long_as_the_depth_it_goes_with() -> None:
     assert len(config.layer_types) == config.num_hidden_layers
     assert set(config.layer_types) == {"full_attention", "sliding_attention"}
     assert config.n_recurrent_loops == 1
+    config = tiny("qwen3_asr", Sizes()).get_text_config()  # two depths that are equal by default
+    assert len(config.layer_types) == config.num_hidden_layers == 2
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4, 8])
