@@ -105,7 +105,7 @@ def _facts(model: ir.Model) -> dict[str, Any]:
 
 
 def _take(entry: Path, folder: Path) -> dict[str, Any] | None:
-    """Copy an entry whose files are whole; a damaged one is dropped. Raises OSError where `folder` cannot be written."""
+    """Copy an entry whose files are whole; a damaged one is dropped. Raises OSError if `folder` cannot be written."""
     try:
         known = json.loads((entry / "facts.json").read_text(encoding="utf-8"))
         facts: dict[str, Any] = known["facts"]

@@ -33,8 +33,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
 from surgeon.errors import TraceError
-from surgeon.program import Program
 from surgeon.inputs import sizes_of
+from surgeon.program import Program
 
 aten = torch.ops.aten
 
@@ -87,7 +87,9 @@ def exported(program: Program, graph_module: fx.GraphModule, outputs: Collection
 class Settled(ExportedProgram):
     """A program that is decomposed only where an operator of it has to be: retracing it all takes half of a compile."""
 
-    def run_decompositions(self, decomp_table: Any = None, decompose_custom_triton_ops: bool = False) -> ExportedProgram:
+    def run_decompositions(
+        self, decomp_table: Any = None, decompose_custom_triton_ops: bool = False
+    ) -> ExportedProgram:
         """This program itself, or the decomposed one."""
         if any(_unsettled(node, decomp_table or {}) for node in self.graph.nodes):
             decomposed: ExportedProgram = super().run_decompositions(decomp_table, decompose_custom_triton_ops)
@@ -101,7 +103,9 @@ def _unsettled(node: fx.Node, table: Any) -> bool:
         return node.op == "get_attr"
     schema = node.target._schema
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(str(node.target._name), "CompositeImplicitAutograd")
-    view = composite and any(argument.alias_info for argument in schema.arguments)  # in no table; `flatten` fails on size 0
+    view = composite and any(
+        argument.alias_info for argument in schema.arguments
+    )  # in no table; `flatten` fails on size 0
     return node.target in table or schema.is_mutable or (view and node.target not in IDLE)
 
 
@@ -118,7 +122,9 @@ class _Writer:
         self._shapes = ShapeEnv()
         self._mode = FakeTensorMode(shape_env=self._shapes)
         self._sizes: dict[str, torch.SymInt] = {}
-        self._hints = sizes_of(program.inputs, {n.name: n.meta["val"] for n in source.graph.find_nodes(op="placeholder")})
+        self._hints = sizes_of(
+            program.inputs, {n.name: n.meta["val"] for n in source.graph.find_nodes(op="placeholder")}
+        )
         self._computed: dict[fx.Node, fx.Node] = {}
 
     def write(self, outputs: Collection[str]) -> dict[str, fx.Node]:
@@ -201,7 +207,7 @@ class _Writer:
             self._sizes[word] = self._shapes.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[assignment]
         return self._sizes[word]
 
-    def _written(self, node: fx.Node) -> Any:
+    def _written(self, node: fx.Node) -> Any:  # noqa: PLR0911 - one for each kind of node
         """What stands for `node`: a copy with its value, or its operand where it does nothing in eval mode."""
         if node in self._computed:
             return self._env[self._computed[node]]
@@ -228,7 +234,7 @@ class _Writer:
                 return args[0]
             if target in CASTS:
                 target, args, kwargs = aten._to_copy.default, args[:1], {"dtype": value.dtype}
-        if target is aten.reshape.default:  # to ONNX, a size 0 in a `reshape` means the operand's size, in a `view` zero
+        if target is aten.reshape.default:  # to ONNX, size 0 is the operand's size in a `reshape`, and zero in a `view`
             copied = self._contiguous(args[0])
             target, args, kwargs = aten.view.default, (copied, args[1]), {}
             value = copied.meta["val"].view(_values(args[1]))

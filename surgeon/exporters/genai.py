@@ -34,9 +34,7 @@ def genai_config(program: Program, ends: list[int], vocabulary: int) -> dict[str
     context = program.max_length or UNBOUNDED
     heads, width = past[0].axes[1], past[0].axes[3]
     pad = getattr(config, "pad_token_id", None)
-    names = {
-        which: {f"{which}_{part}_names": f"{which}_{part}_%d" for part in PARTS} for which in (PAST, PRESENT)
-    }
+    names = {which: {f"{which}_{part}_names": f"{which}_{part}_%d" for part in PARTS} for which in (PAST, PRESENT)}
     decoder = {
         "filename": "model.onnx",
         "head_size": width,

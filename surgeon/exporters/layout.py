@@ -1,4 +1,4 @@
-"""Linear maps as ONNX has them: `MatMul`, which wants a matrix `[in, out]`, or one that reads the checkpoint's `[out, in]`.
+"""Linear maps as ONNX has them: `MatMul` of a matrix `[in, out]`, or one that reads the checkpoint's `[out, in]`.
 
 A file of the build's own gets the matrices turned. They are turned as they are written, one by one: a `Transpose` in
 the graph would be computed by the converter, which then holds all of them in memory twice, or by ONNX Runtime whenever
@@ -60,7 +60,9 @@ def _turn_experts(graph_module: fx.GraphModule, reads: Mapping[fx.Node, str]) ->
 
 
 def _linear(user: fx.Node, weight: fx.Node) -> bool:
-    return user.target is aten.linear.default and user.args[1] is weight and weight not in (user.args[0], *user.args[2:])
+    return (
+        user.target is aten.linear.default and user.args[1] is weight and weight not in (user.args[0], *user.args[2:])
+    )
 
 
 def _turn(graph_module: fx.GraphModule, name: str) -> str:

@@ -39,7 +39,7 @@ def windows(program: Program, cores: Iterable[fx.Node]) -> dict[fx.Node, int] | 
 
 
 def window(mask: Tensor) -> int | None:
-    """How many columns two tokens see by a mask `[…, 2, columns]`, 0 for all, None where these are not the last ones."""
+    """How many columns two tokens see by a mask `[…, 2, columns]`, 0 for all, None if these are not the last ones."""
     seen = mask if mask.dtype == torch.bool else mask == 0
     if mask.shape[-2] != 2 or not (mask.dtype == torch.bool or (seen | (mask < HIDDEN)).all()):
         return None

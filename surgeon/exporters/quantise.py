@@ -31,7 +31,10 @@ ROUNDED = "base-rounded"
 KEPT = ("copy", ROUNDED)
 """Weights that keep the blocks of the base's own file."""
 EXACT, ACCURACY = 0, 4
-"""Let ONNX Runtime round the products' inputs to 8 bits as well, block by block, or do not; with fp32 inputs `int8` is far slower."""
+"""Let ONNX Runtime round the products' inputs to 8 bits as well, block by block, or do not.
+
+With fp32 inputs `int8` is far slower.
+"""
 LAYOUTS: dict[Any, tuple[int, int, bool]] = {
     aten.linear.default: (0, 1, True),
     aten.matmul.default: (0, 1, False),
@@ -211,7 +214,13 @@ def onnx_product(  # noqa: PLR0917 - the signature of an operator
     accuracy: int = ACCURACY,
 ) -> Tensor:
     """The product as ONNX Runtime's operator, and the bias as an addition of its own, as other products have it."""
-    attributes: dict[str, Any] = {"K": columns, "N": rows, "bits": bits, "block_size": BLOCK, "accuracy_level": accuracy}
+    attributes: dict[str, Any] = {
+        "K": columns,
+        "N": rows,
+        "bits": bits,
+        "block_size": BLOCK,
+        "accuracy_level": accuracy,
+    }
     shape = [*x.shape[:-1], rows]
     y = torch.onnx.ops.symbolic(
         "com.microsoft::MatMulNBits", (x, packed, scales), attributes, dtype=x.dtype, shape=shape, version=1

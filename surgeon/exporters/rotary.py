@@ -88,7 +88,9 @@ def _fits(x: Any, angle: Any) -> bool:
     if not (isinstance(x, fx.Node) and isinstance(angle, fx.Node)):
         return False
     turned_shape, shape = ([str(size) for size in n.meta["val"].shape] for n in (x, angle))
-    same = len(shape) == 4 == len(turned_shape) and [shape[i] for i in (0, 2, 3)] == [turned_shape[i] for i in (0, 2, 3)]
+    same = len(shape) == 4 == len(turned_shape) and [shape[i] for i in (0, 2, 3)] == [
+        turned_shape[i] for i in (0, 2, 3)
+    ]
     return same and shape[1] == "1" and int(turned_shape[3]) % 2 == 0
 
 

@@ -12,7 +12,7 @@ different lengths together with each alone.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,14 +131,14 @@ def onnx_attend(  # noqa: PLR0917 - what both forms of the operator take
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator, after the rotation. In ONNX Runtime `past` and `present` may be the same memory."""
-    rows, heads, columns, width = q.shape
+    rows, heads, columns, _ = q.shape
     flat = [t.transpose(1, 2).reshape(rows, columns, t.shape[1] * t.shape[3]) for t in (q, k, v)]
     last, total = mask.sum(1) - 1, torch.ones_like(mask[0]).sum()
     if start is not None:
         own, most = _columns(start, mask.dtype)
         last, total = last + own, total + most
     counts = [aten._to_copy.default(count, dtype=torch.int32) for count in (last, total)]
-    shapes: list[Any] = [flat[0].shape[:2] + (heads * v.shape[3],)]
+    shapes: list[Any] = [(*flat[0].shape[:2], heads * v.shape[3])]
     shapes += [(rows, new.shape[1], past.shape[2] + columns, new.shape[3]) for new, past in ((k, past_k), (v, past_v))]
     attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": int(k.shape[1]), "scale": scale, "do_rotary": 0}
     if window:
@@ -165,7 +165,7 @@ def torch_attend(  # noqa: PLR0917 - what both forms of the operator take
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the operator computes where the buffers have room: new columns behind each row's own, seen by those after."""
+    """What the operator computes where the buffers have room: new columns behind each row's own, seen by later ones."""
     lengths = mask.sum(1) + (0 if start is None else _columns(start, mask.dtype)[0])
     at = (lengths - q.shape[2]).unsqueeze(1) + torch.arange(q.shape[2])
     keys, values = (
@@ -270,7 +270,10 @@ def _difference(program: Program) -> float:
         gaps.append(_gap(two["logits"], one["logits"]))
         buffers.append(two)
         grown = {name: one[name.replace(PAST, PRESENT, 1)] for name in past}
-        more = {"input_ids": ids[row : row + 1, length : length + 1], "attention_mask": torch.ones(1, length + 1).long()}
+        more = {
+            "input_ids": ids[row : row + 1, length : length + 1],
+            "attention_mask": torch.ones(1, length + 1).long(),
+        }
         wanted.append(_run(plain, {**more, **grown})["logits"])
     mask = torch.arange(max(LENGTHS) + 1) <= torch.tensor(LENGTHS).unsqueeze(1)
     both = {name: torch.cat([b[name.replace(PAST, PRESENT, 1)] for b in buffers]) for name in past}

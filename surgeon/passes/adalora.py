@@ -1,6 +1,6 @@
 """AdaLoRA: a low-rank product in the form of a singular value decomposition, whose ranks a shared budget prunes.
 
-    y = x·W + b   becomes   y = x·W + b + s · ((drop(x)·A)·diag(E))·B      A [in, r], E [r], B [r, out], E starts at zero
+    y = x·W + b   becomes   y = x·W + b + s · ((drop(x)·A)·diag(E))·B     A [in, r], E [r], B [r, out], E starts at zero
 
 with s = alpha / (r + 1e-5), r being the initial rank of the spec. Training adds γ · mean(‖AᵀA - I‖, ‖BBᵀ - I‖, …) to
 the loss: Frobenius norms, not squared, their mean over all matrices, as in the authors' code and PEFT; the paper's
@@ -27,10 +27,10 @@ from torch import Tensor
 from surgeon.anatomy import Projection, Where, select
 from surgeon.errors import DeltaError, SelectorError, SpecError
 from surgeon.ledger import Schedule
-from surgeon.starts import normal, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.product import beside, check_rank, part_of
 from surgeon.program import Program
+from surgeon.starts import normal, zeros
 
 
 class Triplets(NamedTuple):
@@ -54,7 +54,9 @@ class AdaLoRA(Pass):
     paper: ClassVar[str] = "arXiv:2303.10512"
     identity_at_birth: ClassVar[bool] = True
 
-    rank: PositiveInt = Field(12, description="Initial rank r of every product; half more than the target in the paper.")
+    rank: PositiveInt = Field(
+        12, description="Initial rank r of every product; half more than the target in the paper."
+    )
     target_rank: PositiveInt = Field(8, description="Mean rank of the products in the end.")
     alpha: PositiveFloat = Field(16.0, description="Scale numerator: products are multiplied by alpha / rank.")
     warmup: NonNegativeFloat = Field(

@@ -21,11 +21,11 @@ from torch import Tensor, fx
 
 from surgeon.anatomy import Join, Where, select, selectors
 from surgeon.ledger import Delta
-from surgeon.starts import Init, truncated_normal, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.norm_tuning import train_norms
 from surgeon.passes.product import call_of
 from surgeon.program import Program
+from surgeon.starts import Init, truncated_normal, zeros
 
 Placement = Literal["houlsby", "pfeiffer", "parallel"]
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from surgeon.anatomy import Norm, Projection, Site, Where, select
 from surgeon.errors import SelectorError
-from surgeon.starts import value
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.slices import fused_width
 from surgeon.program import Program
+from surgeon.starts import value
 
 
 class BitFit(Pass):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx
 
 from surgeon.anatomy import Attention
+from surgeon.dataflow import ancestors, descendants
 from surgeon.errors import InvariantError
 from surgeon.ledger import Delta
-from surgeon.dataflow import ancestors, descendants
 from surgeon.program import Program
 
 HIDDEN = -1e4

@@ -21,9 +21,9 @@ from torch import Tensor
 from surgeon.anatomy import Join, Where, selectors
 from surgeon.errors import SpecError
 from surgeon.ledger import Delta
-from surgeon.starts import Init, normal
 from surgeon.passes.adapter import Adapter
 from surgeon.program import Program
+from surgeon.starts import Init, normal
 
 RULE = "compacter.rule"
 
@@ -63,7 +63,9 @@ class Compacter(Adapter):
             (rows, columns), k, place = weight.shape, self.rank, weight.name.removesuffix(".weight")
             left = self._factor(program, f"{place}.left", (rows, k), 0, free[0])
             right = self._factor(program, f"{place}.right", (k, columns), 1, free[1])
-            program.fold((rule, left, right), (weight.name,), lambda a, s, t, scale=scale: (scale * kronecker(a, s, t),))
+            program.fold(
+                (rule, left, right), (weight.name,), lambda a, s, t, scale=scale: (scale * kronecker(a, s, t),)
+            )
         if self.factor != 1.0:
             program.fold((up_bias.name,), (up_bias.name,), lambda b: (b * self.factor,))
         return down, down_bias, up, up_bias
@@ -95,7 +97,7 @@ def kronecker(rule: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def glorot(axis: int, blocks: int) -> Init:
-    """Glorot's uniform with the authors' gain √2, for each of the blocks along `axis`: U(±√(12 / (fan_in + fan_out)))."""
+    """Glorot's uniform with the authors' gain √2, for each block along `axis`: U(±√(12 / (fan_in + fan_out)))."""
 
     def init(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
         bound = math.sqrt(12 / (shape[axis] / blocks + shape[1 - axis]))

@@ -1,7 +1,7 @@
 """AdapterDrop: no adapters in the lowest layers.
 
     specialised    layers: n         the first n layers have none, in training and in the task file
-    robust         layers: random    every step draws n from 0 to L − 1; the task has them all, and runs without any first n
+    robust         layers: random    every step draws n from 0 to L − 1; the task has all, and runs without any first n
 
 What is left out costs nothing: below the lowest adapter there is no gradient, and in ONNX Runtime an empty product.
 

@@ -17,6 +17,7 @@ from surgeon.anatomy import Embedding, Norm, Projection, Site, Where, select
 from surgeon.errors import SelectorError
 from surgeon.passes import Pass, PassResult
 from surgeon.program import Program
+
 Owner = Projection | Norm | Embedding
 
 

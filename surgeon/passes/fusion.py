@@ -8,14 +8,15 @@ adapters D, d, U, e are frozen; Q, K, V are trained. Linear up to the activation
     aₙ = act(u·Dₙ + dₙ)       sₙ = softmaxₙ(aₙ·(u·Pₙ + pₙ) + u·wₙ + bₙ)       Σₙ sₙ · zₙV = Σₙ (sₙ·aₙ)·(UₙV) + sₙ·(eₙV)
     Pₙ = Q(UₙK)ᵀ       pₙ = q(UₙK)ᵀ       wₙ = Q(eₙK + k)ᵀ       bₙ = q·(eₙK + k)
 
-Deployed, the N adapters stand side by side as C = Σ mₙ columns of one matrix, and G `[C, N]` says whose column is whose.
+Deployed, the N adapters stand side by side as C = Σ mₙ columns of one matrix, and G `[C, N]` says which are whose.
 
-Pfeiffer et al., "AdapterFusion: Non-Destructive Task Composition for Transfer Learning" (arXiv:2005.00247), section 3.2.
+Pfeiffer et al., "AdapterFusion: Non-Destructive Task Composition for Transfer Learning" (arXiv:2005.00247),
+section 3.2.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import (
@@ -30,18 +31,17 @@ from pydantic import (
     WithJsonSchema,
 )
 from pydantic_core import PydanticCustomError
-from torch import Tensor, fx
+from torch import Tensor
 
 from surgeon.anatomy import Join, Where, select, selectors
 from surgeon.errors import SpecError
 from surgeon.ledger import Delta
-from surgeon.starts import Init, normal, truncated_normal, value, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.adapter import ACTIVATIONS, added, normed
 from surgeon.passes.trained_adapters import Source, check_sites, read_sources, stacked
 from surgeon.probes import Probe
 from surgeon.program import Program
-
+from surgeon.starts import Init, normal, truncated_normal, value, zeros
 
 CLOSED = -3e4
 """The score of an adapter that a task does not have, where tasks with more share a batch."""
@@ -116,7 +116,9 @@ class Fusion(Pass):
     def _sources(self, program: Program) -> tuple[Source, ...]:
         if isinstance(self.of, int):
             if self.build is not None:
-                raise SpecError("`of` is a number and takes nothing from a build", try_="leave `build` out, or name tasks")
+                raise SpecError(
+                    "`of` is a number and takes nothing from a build", try_="leave `build` out, or name tasks"
+                )
             return ()
         made = {"placement": "pfeiffer", "activation": self.activation, "scale": self.scale}
         return () if self._packed else read_sources(self.of, self.build, program.fingerprint, made)
@@ -142,9 +144,7 @@ class Fusion(Pass):
             return [deltas[part] for part in parts]
 
         a = program.insert(narrow, [u], read("down.weight", "down.bias"))
-        s = program.insert(
-            attend, [a, u], read("score.weight", "score.bias", "prior.weight", "prior.bias", "groups")
-        )
+        s = program.insert(attend, [a, u], read("score.weight", "score.bias", "prior.weight", "prior.bias", "groups"))
         index = f"{join.path}.fusion.adapter.index"
         program.probe(s, Probe(join, deltas["groups"].free[1], self.adapters, index))
         after = read("up.weight", "up.bias", "groups")
@@ -197,7 +197,9 @@ class Fusion(Pass):
         index = torch.arange(float(count))
         parts = ("adapter.down.weight", "adapter.down.bias", "adapter.up.weight", "adapter.up.bias")
         if sources:
-            found = {part: (tuple(t.shape), value(t)) for part, t in zip(parts, stacked(sources, join, dtype), strict=True)}
+            found = {
+                part: (tuple(t.shape), value(t)) for part, t in zip(parts, stacked(sources, join, dtype), strict=True)
+            }
         else:
             start = truncated_normal(0.01, 0.02)
             shapes = ((count, d, m), (count, m), (count, m, d), (count, d))
@@ -205,7 +207,9 @@ class Fusion(Pass):
             found = dict(zip(parts, zip(shapes, inits, strict=True), strict=True))
         return {**found, "adapter.index": ((count,), value(index))}
 
-    def _deployed(self, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, *trained: Tensor) -> tuple[Tensor, ...]:
+    def _deployed(
+        self, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, *trained: Tensor
+    ) -> tuple[Tensor, ...]:
         q, q_bias, k, k_bias, v = trained
         rows, ends = up.flatten(0, 1) * self.scale, up_bias * self.scale
         keys, ends_keys = rows @ k, ends @ k + k_bias

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from surgeon.anatomy import Projection, Where, select, selectors
 from surgeon.errors import SelectorError, SpecError
-from surgeon.starts import normal, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.program import Program
+from surgeon.starts import normal, zeros
 
 
 class Head(Pass):

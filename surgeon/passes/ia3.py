@@ -17,10 +17,10 @@ from torch import Tensor
 from surgeon.anatomy import Projection, Where, select, selectors
 from surgeon.errors import SelectorError, SpecError
 from surgeon.ledger import Delta
-from surgeon.starts import ones
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.slices import scatter
 from surgeon.program import Program
+from surgeon.starts import ones
 
 
 class IA3(Pass):

@@ -24,11 +24,11 @@ from torch import Tensor
 from surgeon.anatomy import Embedding, Projection, Selector, Where, select, selectors
 from surgeon.errors import CompositionError, SelectorError, SpecError
 from surgeon.ledger import Delta
-from surgeon.starts import Init, kaiming_uniform, normal, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.magnitude import magnitude
 from surgeon.passes.product import beside, beside_experts, beside_table, call_of, check_rank, part_of
 from surgeon.program import Program
+from surgeon.starts import Init, kaiming_uniform, normal, zeros
 
 Target = Projection | Embedding
 N = TypeVar("N", int, float)
@@ -94,7 +94,9 @@ class LoRA(Pass):
     def _adapt(self, program: Program, site: Projection, r: int, scale: Callable[[Tensor], float]) -> None:
         check_rank(f"{self.asked_by}.rank", r, site.label, site.in_features, site.out_features)
         call = "" if self.shared else call_of(program, site)
-        make: Callable[..., Delta] = partial(program.delta, site, qualifier=".".join(filter(None, (part_of(site), call))))
+        make: Callable[..., Delta] = partial(
+            program.delta, site, qualifier=".".join(filter(None, (part_of(site), call)))
+        )
         fresh_a, fresh_b = self._starts(r)
         each = (site.experts.count,) if site.experts else ()
         a = make("lora_A", (*each, site.in_features, r), fresh_a, free={len(each) + 1: "rank"})

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from surgeon.anatomy import Projection
 from surgeon.ledger import Delta
-from surgeon.starts import value
 from surgeon.program import Program
+from surgeon.starts import value
 
 
 def magnitude(program: Program, site: Projection, a: Delta, b: Delta, scale: Callable[[Tensor], float]) -> Delta:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -21,10 +22,10 @@ from torch import Tensor
 
 from surgeon.anatomy import Embedding
 from surgeon.errors import CompositionError, SpecError
-from surgeon.starts import Init, normal, value
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.virtual import Virtual, module_end, spread, text_table, words_of
 from surgeon.program import Program
+from surgeon.starts import Init, normal, value
 
 SLOT = "{text}"
 MASK = re.compile(r"\[MASK\]|<mask>", re.IGNORECASE)
@@ -46,7 +47,9 @@ def parse(template: str) -> tuple[Gap, Gap]:
             gaps[-1] += range(count, count + tokens)
             count += tokens
         elif "[P]" in word or "{" in word or "}" in word:
-            what = "has '{word}', which is neither [P], [P]*3 (a number from 1), {slot} nor a word; put spaces around each"
+            what = (
+                "has '{word}', which is neither [P], [P]*3 (a number from 1), {slot} nor a word; put spaces around each"
+            )
             raise PydanticCustomError("template", what, {"word": word, "slot": SLOT})
         elif gaps[-1] and isinstance(gaps[-1][-1], str):
             gaps[-1][-1] += f" {word}"
@@ -73,7 +76,8 @@ class PTuning(Pass):
     identity_at_birth: ClassVar[bool] = False
 
     template: str = Field(
-        "[P]*10 {text}", description="Trained tokens `[P]`, words and the slot `{text}`: `[P]*3 it was [P] {text} [P]*2`."
+        "[P]*10 {text}",
+        description="Trained tokens `[P]`, words and the slot `{text}`: `[P]*3 it was [P] {text} [P]*2`.",
     )
     encoder: Literal["lstm", "mlp", "none"] = Field(
         "lstm", description="What couples the tokens in training: two bidirectional LSTM layers and an MLP, or less."
@@ -128,9 +132,7 @@ class PTuning(Pass):
                 try_=f"write {masks[0]} into the text, before or behind which the template stands",
             )
 
-    def _fold(
-        self, program: Program, table: Embedding, count: int, anchors: Tensor, layouts: list[list[int]]
-    ) -> None:
+    def _fold(self, program: Program, table: Embedding, count: int, anchors: Tensor, layouts: list[list[int]]) -> None:
         """Train embedding, encoder and (frozen) the words; deploy what stands in front of the text and behind it."""
         d, technique = table.width, f"{table.path}.{self.name}"
         std = spread(words_of(program, table)) if self.encoder == "none" else 1.0
@@ -161,7 +163,7 @@ class PTuning(Pass):
                     for part, shape in {"weight_ih": (width,), "weight_hh": (h,), "bias_ih": (), "bias_hh": ()}.items():
                         parts[f"lstm.{part}_l{layer}{end}"] = ((4 * h, *shape), _uniform(h))
         widths = (2 * h, 2 * h, d) if self.encoder == "lstm" else (d, h, h, d)
-        for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (before, after) in enumerate(pairwise(widths)):
             parts[f"mlp.{2 * i}.weight"] = ((after, before), _uniform(before))
             parts[f"mlp.{2 * i}.bias"] = ((after,), _uniform(before))
         return parts

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
-from surgeon.ledger import Delta
 from surgeon.dataflow import ancestors
-from surgeon.program import Program
 from surgeon.inputs import sample_inputs
+from surgeon.ledger import Delta
+from surgeon.program import Program
 
 ANGLES = (torch.ops.aten.cos.default, torch.ops.aten.sin.default)
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from surgeon.anatomy import Attention, Where, select
 from surgeon.errors import CompositionError
 from surgeon.ledger import Delta
-from surgeon.starts import Init, kaiming_uniform, normal, value, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.columns import open_columns
 from surgeon.passes.positions import shift_positions
 from surgeon.program import Program
+from surgeon.starts import Init, kaiming_uniform, normal, value, zeros
 
 
 class Prefix(Pass):
@@ -98,7 +98,14 @@ class Prefix(Pass):
             layer = f"layer_{site.layer}" if shared else ""
             shape, free = (site.kv_heads, self.length), {1: symbol}
             key, value = (
-                program.delta(site, f"{self.name}.{part}", (*shape, size), words.get((site, part), init), free=free, qualifier=layer)
+                program.delta(
+                    site,
+                    f"{self.name}.{part}",
+                    (*shape, size),
+                    words.get((site, part), init),
+                    free=free,
+                    qualifier=layer,
+                )
                 for part, size in (("key", site.head_dim), ("value", site.value_dim))
             )
             joined = in_front(site, self.dropout)
@@ -117,7 +124,9 @@ class Prefix(Pass):
         if next(program.graph_module.parameters()).is_meta:
             return {}
         places = [(site, part) for site in sites for part in ("key", "value")]
-        found = program.evaluate([site.key if part == "key" else site.value for site, part in places], {"input_ids": text})
+        found = program.evaluate(
+            [site.key if part == "key" else site.value for site, part in places], {"input_ids": text}
+        )
         starts: dict[tuple[Attention, str], Init] = {}
         for (site, part), states in zip(places, found, strict=True):
             heads = states.flatten(0, -3)  # a batch of one

@@ -1,9 +1,9 @@
 """A low-rank product beside a projection or a table: what LoRA and its kin insert.
 
-    y -> y + (drop(x)·A)·B + c                                A [in, r], B [r, out], and where there is one c [out]
-    y -> y + A[ids]·B                                         A [rows, r], B [r, width], at a table
-    y -> y + (drop(x)·A[e])·B[e]                              A [experts, in, r], B [experts, r, out], at experts
-    y -> y·(1 + g) - b·g + (drop(x)·A)·B                      with a gain g [out] (DoRA): the base's bias b is not scaled
+y -> y + (drop(x)·A)·B + c                                A [in, r], B [r, out], and where there is one c [out]
+y -> y + A[ids]·B                                         A [rows, r], B [r, width], at a table
+y -> y + (drop(x)·A[e])·B[e]                              A [experts, in, r], B [experts, r, out], at experts
+y -> y·(1 + g) - b·g + (drop(x)·A)·B                      with a gain g [out] (DoRA): the base's bias b is not scaled
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def beside(
     def scaled(y: Tensor, x: Tensor, a: Tensor, b: Tensor, g: Tensor) -> Tensor:
         return y * (1 + place(g)) + place(product(x, a, b))
 
-    def scaled_but_the_bias(y: Tensor, x: Tensor, base: Tensor, a: Tensor, b: Tensor, g: Tensor) -> Tensor:
+    def scaled_but_the_bias(  # noqa: PLR0917 - the tensors of the equation
+        y: Tensor, x: Tensor, base: Tensor, a: Tensor, b: Tensor, g: Tensor
+    ) -> Tensor:
         g = place(g)
         return y * (1 + g) - base * g + place(product(x, a, b))
 

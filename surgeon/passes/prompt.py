@@ -22,10 +22,10 @@ from torch import Tensor
 from surgeon.anatomy import Embedding
 from surgeon.errors import CompositionError, SpecError
 from surgeon.ledger import Delta
-from surgeon.starts import ByLabels, Init, normal
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.virtual import Virtual, outputs, spread, text_table, words_of
 from surgeon.program import Program
+from surgeon.starts import ByLabels, Init, normal
 
 
 class Prompt(Pass):
@@ -82,7 +82,9 @@ class Prompt(Pass):
     def _vote(self, program: Program, prompt: Delta) -> None:
         """Every text's answers, one a prompt, become one."""
         if program.head == "feature-extraction":
-            raise CompositionError("prompt.ensemble: features are no answers that could vote", try_="a base with a head")
+            raise CompositionError(
+                "prompt.ensemble: features are no answers that could vote", try_="a base with a head"
+            )
         for node in outputs(program):
             program.answer(node, _voted, (prompt,))
 
@@ -102,7 +104,7 @@ class Prompt(Pass):
                 return rows
             if not 0 < len(labels) <= shape[-2]:
                 raise SpecError(
-                    f"prompt.start: labels gives each label a token, and there are {len(labels)} for {shape[-2]} tokens",
+                    f"prompt.start: labels gives each label a token: there are {len(labels)} for {shape[-2]} tokens",
                     try_="name the task's labels, or another `length` or `start`",
                 )
             for i, label in enumerate(labels):

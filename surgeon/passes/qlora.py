@@ -70,7 +70,9 @@ class QLoRA(Pass):
         for weight, sites in by_weight.items():
             self._hold(program, weight, sites)
         where = self.where or _linears(program)
-        product = _Product.model_validate({"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "where": where})
+        product = _Product.model_validate(
+            {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "where": where}
+        )
         with program.author(LoRA.name):  # the product is LoRA's, under its names
             product.call(program)
         return PassResult(program, modified=True)

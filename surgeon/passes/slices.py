@@ -42,7 +42,9 @@ def gather(site: Projection) -> Callable[[Tensor], Tensor]:
     if heads := _heads(own, fused_width(site)):
         count, period, first, length = heads
         width = count * period
-        return lambda t: torch.unflatten(t.narrow(-1, 0, width), -1, (count, period)).narrow(-1, first, length).flatten(-2)
+        return lambda t: (
+            torch.unflatten(t.narrow(-1, 0, width), -1, (count, period)).narrow(-1, first, length).flatten(-2)
+        )
     runs = _runs(list(own))
 
     def taken(t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Adapters that other tasks have trained, for techniques that build on them: read, checked, and stacked site by site."""
+"""Adapters that other tasks have trained, for techniques that build on them: read, checked, stacked site by site."""
 
 from __future__ import annotations
 

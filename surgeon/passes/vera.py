@@ -1,8 +1,8 @@
 """VeRA: one pair of random matrices for all sites, and two trained vectors at each.
 
-    y = x·W + b   becomes   y = x·W + b + Λ_b · ((Λ_d · (drop(x)·A))·B)      A [in, r] and B [r, out] frozen and shared
+    y = x·W + b   becomes   y = x·W + b + Λ_b · ((Λ_d · (drop(x)·A))·B)    A [in, r] and B [r, out] frozen and shared
 
-Λ_d [r] and Λ_b [out] scale element by element; Λ_b starts at zero. A and B are as large as the largest projection needs,
+Λ_d [r] and Λ_b [out] scale elementwise; Λ_b starts at zero. A and B are as large as the largest projection needs,
 and the others read their first rows of A and columns of B; a role of a fused projection reads the columns of its own
 features. They are drawn from `projection_key` as PEFT draws them, so its checkpoints fit.
 
@@ -20,18 +20,18 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from surgeon.anatomy import Projection, Where, select, selectors
-from surgeon.starts import value, zeros
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.product import part_of
 from surgeon.passes.slices import fused_width, gather, scatter
 from surgeon.program import Program
+from surgeon.starts import value, zeros
 
 
 class VeRA(Pass):
     """Scale a shared random product at every selected projection; r + out parameters each.
 
-    A and B are tensors of the base's graph, r · (in + out) numbers once; no task file holds them. So the rank is one for
-    all tasks of a build. It may exceed the projections.
+    A and B are tensors of the base's graph, r · (in + out) numbers once; no task file holds them. So the rank is one
+    for all tasks of a build. It may exceed the projections.
     """
 
     name: ClassVar[str] = "vera"
@@ -70,9 +70,7 @@ class VeRA(Pass):
     def _adapt(self, program: Program, site: Projection, rows: int, columns: int) -> None:
         part, width = part_of(site), site.out_features
         start = torch.full((self.rank,), self.d_initial)
-        between = program.delta(
-            site, "vera_lambda_d", start.shape, value(start), default=start, qualifier=part
-        )
+        between = program.delta(site, "vera_lambda_d", start.shape, value(start), default=start, qualifier=part)
         behind = program.delta(site, "vera_lambda_b", (width,), zeros, qualifier=part)
         first, second = self._names(rows, columns)
         a = program.constant(first, lambda: drawn(self.projection_key, self.rank, rows, columns)[0])
@@ -80,7 +78,9 @@ class VeRA(Pass):
         place, take = scatter(site), gather(site)
         used = site.in_features
 
-        def added(y: Tensor, x: Tensor, a: Tensor, b: Tensor, d: Tensor, out: Tensor) -> Tensor:
+        def added(  # noqa: PLR0917 - the tensors of the equation
+            y: Tensor, x: Tensor, a: Tensor, b: Tensor, d: Tensor, out: Tensor
+        ) -> Tensor:
             if self.dropout:
                 x = torch.nn.functional.dropout(x, self.dropout)
             product = (x @ a.narrow(0, 0, used)) * d @ take(b)
