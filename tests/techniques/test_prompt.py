@@ -121,7 +121,7 @@ def test_a_start_from_labels_needs_a_tokenizer_names_and_room_for_them(lab, base
     monkeypatch.setattr(lab, "tokenizer", base_folder / "tokenizer.json")
     for labels in (None, 3, ["good", "bad", "poor"]):
         compiled = lab.operate(model, surgery, tasks={"a": {"labels": labels}})
-        with pytest.raises(SpecError, match=r"gives each label a token, and there are [03] for 2 tokens"):
+        with pytest.raises(SpecError, match=r"gives each label a token: there are [03] for 2 tokens"):
             compiled.model("a")
 
 
