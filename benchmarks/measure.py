@@ -30,13 +30,16 @@ class Section:
         return "\n".join(lines) + "\n"
 
 
-def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, warm: int = 3) -> dict[str, list[float]]:
-    """Seconds of every variant, one call each a round, in an order drawn anew each round."""
+def interleave(
+    variants: Mapping[str, Callable[[], object]], rounds: int, warm: int = 3, rested: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of every variant, one call each a round, in an order drawn anew each round, with rests between."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     names, order, took = list(variants), random.Random(0), 0.0
     for i in range(-warm, rounds):
         for name in order.sample(names, len(names)):
-            rest(took)
+            if rested:
+                rest(took)
             start = time.perf_counter()
             variants[name]()
             took = time.perf_counter() - start

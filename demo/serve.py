@@ -40,6 +40,7 @@ from surgeon.runtime import Session  # noqa: E402
 MAX_LENGTH = 64
 COMPARED = 64
 SHAPES = ((1, 32), (1, 128), (8, 128))
+REST = 0.02  # seconds between calls, at least
 ROUNDS = 15
 
 
@@ -83,17 +84,23 @@ def test(session: Session, build: Path, task: str, path: Path, kept: dict[str, A
 
 
 def latency(session: Session, bare: Session, batch: int, tokens: int) -> dict[str, Any]:
-    """Median milliseconds of the plain base and of another task on every call, interleaved."""
+    """Median milliseconds of the plain base and of another task on every call, interleaved.
+
+    Between calls it rests as long as the last one took: the other session's threads spin for a while after theirs.
+    """
     rng = np.random.default_rng(0)
     inputs = {"input_ids": rng.integers(1000, 20000, (batch, tokens))}
     names = list(session.tasks)
     times: dict[str, list[float]] = {"plain": [], "task": []}
+    took = 0.0
     for i in range(-3, ROUNDS):
         for kind, one, task in (("plain", bare, None), ("task", session, names[i % len(names)])):
+            time.sleep(max(REST, took))
             start = time.perf_counter()
             one.run(inputs, task)
+            took = time.perf_counter() - start
             if i >= 0:
-                times[kind].append(1000 * (time.perf_counter() - start))
+                times[kind].append(1000 * took)
     return {"shape": f"{batch} × {tokens}"} | {kind: statistics.median(values) for kind, values in times.items()}
 
 

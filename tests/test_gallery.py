@@ -11,9 +11,18 @@ import surgeon
 from surgeon import registry
 
 GALLERY = sorted(Path(__file__).parents[1].joinpath("specs").glob("*.yaml"))
+COMPILED = [
+    pytest.param(
+        path,
+        id=path.stem,
+        marks=[pytest.mark.sweep] if "-" in path.stem and path.stem.replace("-", "_") not in registry.names() else [],
+    )
+    for path in GALLERY
+]
+"""Variants of a technique are of the sweep."""
 
 
-@pytest.mark.parametrize("path", GALLERY, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", COMPILED)
 def test_a_spec_of_the_gallery_compiles_to_a_build_that_runs(path: Path, tmp_path: Path) -> None:
     spec = surgeon.read_spec(path)
     source = (spec.base and spec.base.model) or ""

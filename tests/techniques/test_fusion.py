@@ -136,7 +136,7 @@ def test_a_fusion_counts_as_adapterhub_does():
     assert surgeon.compile(spec, weights=False).plan.parameters == 21_252_096
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", pytest.param("t5", marks=pytest.mark.sweep)])
 def test_a_fusion_composes_and_runs_in_onnx_runtime(kind, lab, tmp_path):
     model = lab.base(kind)
     more = MORE[:1] if kind in ("llama", "t5") else MORE

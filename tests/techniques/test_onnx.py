@@ -45,6 +45,8 @@ VARIANTS = {  # of LoRA: composed again, for the kinds that differ
     "gpt2-adalora": ("gpt2", [ADALORA, VERA, {"bitfit": {}}]),
     "t5-adalora": ("t5", [ADALORA, VERA, {"lora": {"rank": 3}}]),
 }
+DEFAULT = ("bert-dora", "llama-dora", "bert-adalora", "gpt2-adalora")
+"""Of the variants; the others are of the sweep."""
 SIZES = [(3, 11, 4), (1, 5, 0), (2, 20, 3), (4, 2, 0)]  # batch, length, padding; traced was 2 by 7
 
 
@@ -110,7 +112,10 @@ def build(request, lab, tmp_path_factory, composed_bert):
     return Build(lab, request.param, COMPOSED[request.param], tmp_path_factory.mktemp(request.param))
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(v, marks=[] if v in DEFAULT else [pytest.mark.sweep]) for v in VARIANTS],
+)
 def variant(request, lab, tmp_path_factory):
     return Build(lab, *VARIANTS[request.param], tmp_path_factory.mktemp(request.param))
 
