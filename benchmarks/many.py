@@ -78,8 +78,8 @@ def loading(folder: Path) -> Iterator[Section]:
         "Loading a task",
         "LoRA on q and v. *bare* is ONNX Runtime mapping the file as it lies; *from the store* is a private copy of "
         "it, its checksum, and the mapping: what a check found when the task was added is in the file; *added* is "
-        "`Session.add_task`, with every check. These follow each other at once; *after a rest* is from the store again, "
-        "by a process that did nothing for a tenth of a second before. Aim: from the store < 1 ms.",
+        "`Session.add_task`, with every check. These follow each other at once; *after a rest* is from the store "
+        "again, by a process that did nothing for a tenth of a second before. Aim: from the store < 1 ms.",
         ("base", "file", "bare", "from the store", "added", "after a rest"),
         tuple(rows),
     )

@@ -151,8 +151,6 @@ class Ledger:
     folds: list[Fold] = field(default_factory=list)
     penalties: list[Penalty] = field(default_factory=list)
     schedules: list[Callable[[], Schedule]] = field(default_factory=list)
-    left_out: int = 0
-    """Layers, from the lowest, that every task of this spec does without, as far as they can be dropped."""
     positions: dict[str, str] = field(default_factory=dict)
     """Free symbols that take so many positions of the base from an input's axis: of a prompt, say, from `sequence`."""
 
@@ -226,6 +224,16 @@ class Ledger:
         for fold in self.folds:
             (dead if dead.issuperset(fold.outputs) else live).update(fold.inputs)
         return frozenset(dead - live)
+
+    def forget(self, names: Collection[str]) -> frozenset[str]:
+        """Have these deltas no more, nor what has no effect without them. Returns all that is gone."""
+        gone = self.idle(names) | set(names)
+        self.folds = [fold for fold in self.folds if not gone.issuperset(fold.outputs)]
+        self.penalties = [penalty for penalty in self.penalties if not gone.issuperset(penalty.inputs)]
+        for entries in (self.deltas, self.trained):
+            for name in gone & entries.keys():
+                del entries[name]
+        return gone
 
     @property
     def depth(self) -> int:

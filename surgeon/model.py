@@ -84,7 +84,7 @@ class TaskModel(nn.Module):
         self._trained = {n: start for n, start in starts.items() if n not in kept}
         self._kept = frozenset(kept)
         self._replaced = [n for n in ledger.deltas if any(n in fold.outputs for fold in ledger.folds)]
-        self._left_out = ledger.left_out
+        self._left_out = 0
         self.to(device)  # what is no parameter of the base may still be where it was traced
         self.schedules = [make() for make in ledger.schedules]
 
@@ -186,12 +186,9 @@ class TaskModel(nn.Module):
         counted = [p for p in self.ledger.penalties if not idle.issuperset(p.inputs)]
         return sum((p.fn(*(own[n] for n in p.inputs)) for p in counted), 0.0)
 
-    def drop(self, layers: int | None = None) -> None:
-        """Leave out what can be dropped in the first `layers` layers of every stack, until told otherwise.
-
-        Without a number it is what the spec leaves out: nothing, but for `drop: {layers: n}`.
-        """
-        self._left_out = self.ledger.left_out if layers is None else layers
+    def drop(self, layers: int = 0) -> None:
+        """Leave out what can be dropped in the first `layers` layers of every stack, until told otherwise."""
+        self._left_out = layers
         names = self.ledger.dropped(self._left_out)
         device = next(self.parameters()).device
         self._dropped = {n: self.ledger.deltas[n].default.to(device) for n in names}

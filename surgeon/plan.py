@@ -72,8 +72,6 @@ class Plan:
 
 def plan(program: Program, weights: str = "copy", kept: Collection[str] = ()) -> Plan:
     """The plan of a program after its passes; `kept` names matrices that stay in the blocks of the base's file."""
-    dropped = program.ledger.dropped(program.ledger.left_out)
-    idle = program.ledger.idle(dropped)
     rows = [
         PlanRow(
             d.technique,
@@ -83,13 +81,13 @@ def plan(program: Program, weights: str = "copy", kept: Collection[str] = ()) ->
             d.name,
             d.shape,
             dict(d.free),
-            prod(d.shape) if d.init and d.name not in idle else 0,
-            (d.default.numel() if d.name in dropped else prod(d.shape)) * d.dtype.itemsize,
+            prod(d.shape) if d.init else 0,
+            prod(d.shape) * d.dtype.itemsize,
         )
         for d in program.ledger.deltas.values()
     ]
     rows += [
-        PlanRow(t.technique, "", "", t.name, t.name, t.shape, {}, 0 if t.frozen or t.name in idle else prod(t.shape), 0)
+        PlanRow(t.technique, "", "", t.name, t.name, t.shape, {}, 0 if t.frozen else prod(t.shape), 0)
         for t in program.ledger.trained.values()
     ]
     parameters = {name for name, _ in program.graph_module.named_parameters()} & program.frozen

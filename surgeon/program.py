@@ -187,8 +187,13 @@ class Program(Holding):
         self.ledger.schedules.append(make)
 
     def leave_out(self, layers: int) -> None:
-        """Let every task do without what can be dropped in its first `layers` layers."""
-        self.ledger.left_out = layers
+        """Take out of the graph what can be dropped in the first `layers` layers: no task has it."""
+        gone = self.ledger.dropped(layers)
+        self.withdraw(gone)
+        for name in gone | self.ledger.forget(gone):
+            del self._makers[name]
+        for name in gone:
+            del self._owner(name)._parameters[name.rpartition(".")[2]]
 
     def probe(self, node: fx.Node, probe: Probe) -> None:
         """Mark a value to be looked at."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -27,6 +27,14 @@ LIVE = "live"
 """Key of a node's meta: the name under which mixed batches read how many entries of a free axis a row has."""
 
 
+class Change(NamedTuple):
+    """A value that readers have in place of another; with the defaults of these deltas the two are equal."""
+
+    before: fx.Node
+    after: fx.Node
+    deltas: frozenset[str]
+
+
 @dataclass(kw_only=True)
 class Rewriting:
     """A graph, what became of its nodes, and the pass that is changing it."""
@@ -36,6 +44,7 @@ class Rewriting:
     """Names of the values that `live` gives, and the symbol of the size that each counts."""
     _current: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _edges: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
+    _changes: list[Change] = field(default_factory=list)
     _author: tuple[str, str] = ("", "")
     _bodies: Bodies = field(default_factory=Bodies)
 
@@ -127,6 +136,7 @@ class Rewriting:
         for reader in readers:
             reader.replace_input_with(value, result)
         self._current[value] = result
+        self._changes.append(Change(value, result, frozenset(delta.name for delta in deltas)))
         return result
 
     def replace_operand(
@@ -147,7 +157,29 @@ class Rewriting:
         for reader in readers:
             reader.replace_input_with(now, result)
             self._edges[reader, operand] = result
+        self._changes.append(Change(now, result, frozenset(delta.name for delta in deltas)))
         return result
+
+    def withdraw(self, deltas: Collection[str]) -> None:
+        """Take back what was changed with none but these deltas. Raises InvariantError where one is still read."""
+        gone = [change for change in self._changes if change.deltas and change.deltas <= set(deltas)]
+        for before, after, _ in reversed(gone):
+            after.replace_all_uses_with(before)
+            self._edges = {
+                (reader, operand): before if now is after else now
+                for (reader, operand), now in self._edges.items()
+                if now is not after or operand is not before
+            }
+            later = self._current.pop(after, None)
+            for value in [value for value, now in self._current.items() if now is after]:
+                del self._current[value]
+                if later is not None:
+                    self._current[value] = later
+        self._changes = [change for change in self._changes if change not in gone]
+        self.graph.eliminate_dead_code()
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and node.target in deltas:
+                raise InvariantError(f"'{node.target}' cannot be left out: '{node.meta['surgeon'][0]}' reads it")
 
     def propagate(self) -> None:
         """Give every value its shape anew, where the inputs were made larger and a body to come relies on sizes."""

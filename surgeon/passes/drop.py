@@ -1,9 +1,10 @@
 """AdapterDrop: no adapters in the lowest layers.
 
-    specialised    layers: n         the first n layers have none, in training and in the task file
+    specialised    layers: n         the first n layers have none, in training, in the task file and in the graph
     robust         layers: random    every step draws n from 0 to L − 1; the task has all, and runs without any first n
 
-What is left out costs nothing: below the lowest adapter there is no gradient, and in ONNX Runtime an empty product.
+Below the lowest adapter there is no gradient. What a call leaves out of a task that has all is an empty product in
+ONNX Runtime.
 
 Rücklé et al., "AdapterDrop: On the Efficiency of Adapters in Transformers" (arXiv:2010.11918), section 3.
 """

@@ -183,8 +183,7 @@ class Fusion(Pass):
             if part != "value":
                 names[f"{part}.bias"] = program.trained(f"{own}.{part}.bias", (d,), zeros).name
         if not again:
-            inputs = [name for part, name in names.items() if part != "adapter.index"]
-            program.fold(inputs, [delta.name for delta in deltas.values()], self._deployed)
+            program.fold(list(names.values()), [delta.name for delta in deltas.values()], self._deployed)
             if self.regularization:
                 program.penalty([names["value.weight"]], self._penalty)
         return deltas
@@ -208,7 +207,7 @@ class Fusion(Pass):
         return {**found, "adapter.index": ((count,), value(index))}
 
     def _deployed(
-        self, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, *trained: Tensor
+        self, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, _index: Tensor, *trained: Tensor
     ) -> tuple[Tensor, ...]:
         q, q_bias, k, k_bias, v = trained
         rows, ends = up.flatten(0, 1) * self.scale, up_bias * self.scale

@@ -42,8 +42,33 @@ def test_what_is_dropped_for_good_is_not_counted_and_not_in_the_task_file(lab):
     model = lab.base("bert")
     whole, half = lab.operate(model, ADAPTER), lab.operate(model, ADAPTER, {"drop": {"layers": 1}})
     assert 2 * half.plan.parameters == whole.plan.parameters
-    sizes = {n: t.numel() for n, t in half.model("a").deployed().items() if "layer.0." in n and "weight" in n}
-    assert set(sizes.values()) == {0}
+    assert {d.layer for d in half.program.ledger.deltas.values()} == {1}
+    assert not any("layer.0." in name for name in half.model("a").deployed())
+
+
+@pytest.mark.parametrize(
+    ("item", "joins"),
+    [
+        (ADAPTER, ["ffn"]),
+        ({"adapter": {"bottleneck": 5, "scale": 2.0, "norms": False}}, ["attention", "ffn"]),
+        (FUSION, ["ffn"]),
+        ({"compacter": {"bottleneck": 4, "norms": False}}, ["attention", "ffn"]),
+    ],
+)
+def test_what_is_dropped_for_good_leaves_no_trace_in_the_graph(item, joins, lab):
+    model, (technique, options) = lab.base("bert", num_hidden_layers=3), next(iter(item.items()))
+    above = {technique: {**options, "where": [f"residual.{join}@2" for join in joins]}}
+    rest = [{"lora": {"rank": 2}}, {"bitfit": {}}]
+    with_drop, without = (
+        lab.operate(model, *surgery, *rest).program for surgery in ([item, {"drop": {"layers": 2}}], [above])
+    )
+    ours, theirs = ([(n.op, str(n.target)) for n in program.graph.nodes] for program in (with_drop, without))
+    assert ours == theirs
+    assert with_drop.ledger.deltas.keys() == without.ledger.deltas.keys()
+    assert with_drop.ledger.trained.keys() == without.ledger.trained.keys()
+    assert [fold.outputs for fold in with_drop.ledger.folds] == [fold.outputs for fold in without.ledger.folds]
+    names = [{n for n, _ in program.graph_module.named_parameters()} for program in (with_drop, without)]
+    assert names[0] == names[1]
 
 
 ROWS = [Row("good film", 1), Row("bad film", 0), Row("the great film was fine", 1), Row("dull", 0)]

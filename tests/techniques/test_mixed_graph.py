@@ -128,6 +128,14 @@ def test_layers_below_the_lowest_delta_run_once_a_text(lab):
     assert sum(ancestors(n).isdisjoint(crossing) for n in linears) == 6 + 3  # all of layer 0, and q, k, v of layer 1
 
 
+def test_layers_whose_adapters_are_dropped_for_good_run_once_a_text(lab):
+    """With an adapter behind the last layer's feed-forward alone, all linears of both layers lie below it."""
+    adapter = {"adapter": {"placement": "pfeiffer", "bottleneck": 5, "norms": False}}
+    graph, crossing = gathers(lab.operate(lab.base("bert"), adapter, {"drop": {"layers": 1}}).program)
+    linears = graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    assert sum(ancestors(n).isdisjoint(crossing) for n in linears) == 2 * 6
+
+
 def test_where_next_to_nothing_is_shared_the_inputs_are_gathered(lab):
     deep = lab.operate(lab.base("bert", num_hidden_layers=8), {"lora": {"rank": 2}})
     _, crossing = gathers(deep.program)
