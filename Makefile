@@ -53,7 +53,7 @@ bench-generation: setup .venv/smollm2 ## writing texts against plain ONNX Runtim
 bench-serving: setup ## the server under rising load, 1 to 10,000 tasks, against FastAPI with PEFT (5 minutes)
 	$(BIN)/python -m benchmarks.serving
 
-bench-many: setup ## loading, calling and holding thousands of tasks; several tasks a text; writes docs/benchmarks-many.md (5 minutes)
+bench-many: setup ## loading, calling and holding thousands of tasks; several tasks a text; writes docs/benchmarks-many.md (16 minutes)
 	$(BIN)/python -m benchmarks.many
 
 bench-growth: setup ## compile memory against bytes, time against layers, places of weights; writes docs/growth.md (6 minutes)

@@ -5,17 +5,16 @@ Every comparison runs ours and the peer's in turn, on the same work and threads,
 
 from __future__ import annotations
 
-import platform
 import sys
 import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from benchmarks import adapter_drop, compiling, latency, mixed, tasks, training
+from benchmarks.machine import machine
 from benchmarks.measure import THREADS, Section
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
@@ -50,27 +49,12 @@ def main() -> None:
 
 def page(sections: list[Section], seconds: float) -> str:
     """The whole page."""
-    tools = ", ".join(f"{name} {version(name)}" for name in TOOLS)
     head = (
         "# Benchmarks\n\nWritten by `make bench`. Ours and the peer's run in turn on the same work; times are medians, "
         "a ratio is the median of the rounds' ratios.\n\n"
-        f"Machine: {processor()}, {THREADS} threads, {platform.system()} {platform.machine()}, "
-        f"Python {platform.python_version()}; {tools}. The whole run took {seconds / 60:.0f} minutes.\n"
+        f"Machine: {machine(*TOOLS)}. The whole run took {seconds / 60:.0f} minutes.\n"
     )
     return head + "".join(f"\n{section.markdown()}" for section in sections)
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown processor"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return (
-        f"{names[0] if names else 'unknown processor'} ({len(names)} cores{', AVX-512' if 'avx512f' in flags else ''})"
-    )
 
 
 if __name__ == "__main__":

@@ -10,20 +10,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from benchmarks.machine import machine
 from benchmarks.measure import THREADS, Section, rest
 
 HERE = Path(__file__).resolve().parent
@@ -211,15 +210,11 @@ def held(memory: dict[str, Any], builds: Path) -> Section:
 
 def page(sections: Sequence[Section], seconds: float) -> str:
     """The whole page."""
-    from benchmarks.__main__ import processor
-
     genai = ("onnxruntime-genai",) if find_spec("onnxruntime_genai") else ()
-    tools = ", ".join(f"{name} {version(name)}" for name in (*TOOLS, *genai))
     return (
         "# Benchmarks of generation\n\nWritten by `make bench-generation`: SmolLM2-135M-Instruct from its 4-bit GGUF "
         "file, greedy, every variant in a process of its own, in turns.\n\n"
-        f"Machine: {processor()}, {THREADS} threads, {platform.system()} {platform.machine()}, "
-        f"Python {platform.python_version()}; {tools}. The measuring took {seconds / 60:.0f} minutes.\n"
+        f"Machine: {machine(*TOOLS, *genai)}. The measuring took {seconds / 60:.0f} minutes.\n"
     ) + "".join(f"\n{section.markdown()}" for section in sections)
 
 

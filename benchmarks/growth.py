@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,8 @@ import yaml
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.__main__ import processor
 from benchmarks.curve import curve
+from benchmarks.machine import machine
 from benchmarks.measure import Section
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -66,12 +64,11 @@ def main() -> None:
 
 def page(sections: list[Section], seconds: float) -> str:
     """The whole page."""
-    tools = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "onnxruntime", "onnx"))
     return (
         "# How a compile grows\n\nWritten by `make bench-growth`: Llamas of random numbers in fp32, LoRA r=8 on "
         "queries and values, one task, every compile in a process of its own.\n\n"
-        f"Machine: {processor()}, {platform.system()} {platform.machine()}, Python {platform.python_version()}; "
-        f"{tools}. The whole run took {seconds / 60:.0f} minutes.\n"
+        f"Machine: {machine('torch', 'transformers', 'onnxruntime', 'onnx')}. "
+        f"The whole run took {seconds / 60:.0f} minutes.\n"
     ) + "".join(f"\n{section.markdown()}" for section in sections)
 
 

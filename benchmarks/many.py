@@ -24,6 +24,7 @@ from onnxruntime import LoraAdapter
 
 from benchmarks.bases import BASES, inputs
 from benchmarks.clients import random_task
+from benchmarks.machine import machine
 from benchmarks.measure import REST, THREADS, Section, interleave, milliseconds, ratio
 from benchmarks.serving import write_tasks
 from benchmarks.several import several
@@ -262,8 +263,8 @@ def main() -> None:
                 print(section.markdown(), flush=True)
     if not given.rooms:
         head = (
-            "# Thousands of tasks\n\nWritten by `make bench-many`: medians of calls by turns, "
-            f"{THREADS} threads. The whole run took {(time.perf_counter() - begun) / 60:.0f} minutes.\n"
+            "# Thousands of tasks\n\nWritten by `make bench-many`: medians of calls by turns.\n\n"
+            f"Machine: {machine('onnxruntime')}. The whole run took {(time.perf_counter() - begun) / 60:.0f} minutes.\n"
         )
         PAGE.write_text(head + "".join(f"\n{section.markdown()}" for section in sections), encoding="utf-8")
 

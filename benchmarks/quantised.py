@@ -11,12 +11,10 @@ from __future__ import annotations
 import csv
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from benchmarks.__main__ import processor
 from benchmarks.bases import inputs
 from benchmarks.latency import options
+from benchmarks.machine import machine
 from benchmarks.measure import THREADS, Section, interleave, milliseconds, ratio
 from surgeon import Session, compile, read_spec
 from surgeon.runtime.manifest import MANIFEST
@@ -170,9 +168,7 @@ def load() -> str:
 
 def page(section: Section) -> str:
     """The whole page."""
-    tools = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnxruntime", "bitsandbytes"))
-    machine = f"{processor()}, {THREADS} threads, {platform.system()} {platform.machine()}; {tools}"
-    return FRAME.format(machine=machine, table=section.markdown(), load=load())
+    return FRAME.format(machine=machine("torch", "onnxruntime", "bitsandbytes"), table=section.markdown(), load=load())
 
 
 FRAME = """\

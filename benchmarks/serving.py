@@ -29,6 +29,7 @@ from safetensors.numpy import load_file, save_file
 import surgeon
 from benchmarks.bases import BASES, open_model
 from benchmarks.clients import asked, random_task, served
+from benchmarks.machine import machine
 from benchmarks.measure import THREADS, Section
 from surgeon.runtime import Session, read_manifest
 from surgeon.runtime.store import TaskStore
@@ -284,7 +285,8 @@ def main() -> None:
             "# Serving under load\n\nWritten by `make bench-serving`: one machine, clients and server on the same "
             f"cores, {THREADS} threads each; {BASE} with LoRA r={RANK} on q and v, sentences of 8 to 40 words. "
             f"Open loop, Zipf over the tasks, {RESIDENT} tasks held by either server. A rate that is not held (fewer "
-            f"than {HELD:.0%} answered, or p99 above {LATEST:g} s) is the last of its column.\n"
+            f"than {HELD:.0%} answered, or p99 above {LATEST:g} s) is the last of its column.\n\n"
+            f"Machine: {machine('onnxruntime', 'torch', 'peft', 'fastapi', 'uvicorn')}.\n"
         )
         PAGE.write_text(head + "".join(f"\n{section.markdown()}" for section in sections), encoding="utf-8")
 

@@ -70,7 +70,7 @@ def checksum(data: Bytes) -> int:
     return zlib.crc32(memoryview(data)[count * 8 * WORDS :], crc)
 
 
-def unseal(whole: bytes, name: str, ledger: str, where: str) -> tuple[memoryview, Seal]:
+def unseal(whole: Bytes, name: str, ledger: str, where: str) -> tuple[memoryview, Seal]:
     """The task file's bytes, and what is known of them. Raises DeltaError where one of them is not as it was added."""
     view = memoryview(whole)
     document, crc = document_of(view, where)
