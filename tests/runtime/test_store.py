@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,8 @@ import numpy as np
 import pytest
 
 from surgeon.errors import BuildError, DeltaError, SpecError
-from surgeon.runtime.store import TaskStore
+from surgeon.runtime.store import TaskStore, place_of
+from surgeon.runtime.store.places import KEPT
 from surgeon.runtime.taskfile import SUFFIX
 
 Pack = Callable[..., Path]
@@ -218,6 +220,21 @@ def test_what_dead_writers_left_goes_after_an_hour(build: Path, tmp_path: Path) 
     os.utime(old, (time.time() - 7200,) * 2)
     assert TaskStore(folder, build).names() == []
     assert (old.exists(), young.exists()) == (False, True)
+
+
+def test_threads_read_files_of_all_sizes_each_as_it_is(tmp_path: Path) -> None:
+    place = place_of(tmp_path)
+    files = {str(size): bytes([size % 251]) * size for size in (0, 1, 5_000, 300, 70_000, KEPT + 1)}
+    for name, data in files.items():
+        assert place.write(name, data, new=True)
+
+    def read(shift: int) -> bool:
+        names = list(files)[shift:] + list(files)[:shift]
+        return all(bytes(place.read(name) or b"") == files[name] for name in names * 3)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(len(files))))
+    assert place.read("none") is None
 
 
 def test_of_threads_that_add_one_name_one_wins(store: TaskStore, marked: Callable[..., Path], tmp_path: Path) -> None:

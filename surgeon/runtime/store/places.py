@@ -81,9 +81,9 @@ class Folder:
 
     def _memory(self, size: int) -> bytearray:
         """This thread's, of so many bytes or more."""
-        if len(getattr(self._own, "memory", b"")) < size:
-            self._own.memory = bytearray(size)
-        memory: bytearray = self._own.memory
+        memory: bytearray | None = getattr(self._own, "memory", None)
+        if memory is None or len(memory) < size:
+            memory = self._own.memory = bytearray(size)
         return memory
 
     def write(self, name: str, data: bytes, *, new: bool) -> bool:
