@@ -41,17 +41,17 @@ def test_a_plan_is_shown_by_role_and_by_tensor(surgeon, write_spec):
 def test_the_papers_numbers_are_counted_and_shown(surgeon, monkeypatch):
     from surgeon.counts import CASES, counting
 
-    rows = surgeon("count", "ia3", "--json").json
-    assert {tuple(row["techniques"]) for row in rows} == {("ia3",)}
+    rows = surgeon("count", "adalora", "--json").json
+    assert {tuple(row["techniques"]) for row in rows} == {("adalora",)}
     wrong = [row for row in rows if not row["agrees"]]
     assert all(row["reproduces"] for row in rows)
-    assert [row["printed"] for row in wrong] == ["4.2 MB"]
-    monkeypatch.setattr(counting, "CASES", tuple(case for case in CASES if case.printed in {"540K", "4.2 MB"}))
-    shown = surgeon("count", "ia3").out
-    assert "540,672" in shown
+    assert [row["printed"] for row in wrong] == ["1.27M", "0.32M"]
+    monkeypatch.setattr(counting, "CASES", tuple(case for case in CASES if case.printed in {"1.27M", "1,991,520"}))
+    shown = surgeon("count", "adalora").out
+    assert "1,327,680" in shown
     assert "1 of 2 come out as printed" in shown
     monkeypatch.setattr(counting, "CASES", counting.CASES[:1])
-    assert surgeon("count", "ia3", "--markdown").out.startswith("# Parameter counts\n")
+    assert surgeon("count", "adalora", "--markdown").out.startswith("# Parameter counts\n")
 
 
 def test_a_number_that_no_longer_comes_out_is_an_error(surgeon, monkeypatch):
