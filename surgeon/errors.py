@@ -58,6 +58,10 @@ class SpecError(SurgeonError):
     exit_code = 2
 
 
+class UnknownTaskError(SpecError):
+    """No task has the name."""
+
+
 class SelectorError(SpecError):
     """A selector matches nothing, or is not one."""
 

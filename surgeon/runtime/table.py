@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from surgeon.errors import BuildError, DeltaError, SpecError, did_you_mean, shorten
+from surgeon.errors import BuildError, DeltaError, SpecError, UnknownTaskError, did_you_mean, shorten
 from surgeon.runtime.manifest import Manifest
 from surgeon.runtime.store import Hand, TaskStore
 from surgeon.runtime.tasks import RunnableTask, TaskInfo, load_task, name_of
@@ -83,7 +83,7 @@ class TaskTable:
         task = tasks.get(name) if task is None else task
         if task is None:
             names = list(self.infos)
-            raise SpecError(
+            raise UnknownTaskError(
                 f"there is no task '{name}'",
                 there_is=shorten(names) or "no task; task=None is the base itself",
                 try_=did_you_mean(str(name), names) if len(names) <= MANY else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from surgeon.errors import BuildError, DataError, DeltaError, SpecError, SurgeonError
+from surgeon.errors import BuildError, DataError, DeltaError, SpecError, SurgeonError, UnknownTaskError
 
 BAD, UNAUTHORIZED, NOT_FOUND, SLOW, CONFLICT, TOO_LARGE, UNFIT, BUSY = 400, 401, 404, 408, 409, 413, 422, 429
 BROKEN, UNAVAILABLE, LATE = 500, 503, 504
@@ -22,6 +22,8 @@ def status_of(error: Exception) -> int:
     """The status for an error of a request."""
     if isinstance(error, Fault):
         return error.status
+    if isinstance(error, UnknownTaskError):
+        return NOT_FOUND
     if isinstance(error, DataError | SpecError):
         return BAD
     return BROKEN

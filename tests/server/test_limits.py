@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from surgeon.errors import DataError, SpecError
-from surgeon.server.faults import Fault
+from surgeon.errors import DataError, SpecError, UnknownTaskError
+from surgeon.server.faults import Fault, status_of
 from surgeon.server.gathering import Gatherer, Job, answer
 from surgeon.server.limits import Limits
 from tests.server.conftest import Live
@@ -271,3 +271,19 @@ def test_a_batch_that_fails_fails_for_the_one_at_fault_alone(live: Live) -> None
         np.testing.assert_allclose(one.future.result(0)["logits"], right, atol=1e-5)
     with pytest.raises(DataError):
         answering.admit({"input_ids": np.array([[2.5]])}, "t1", time.monotonic() + 60)
+
+
+def test_a_task_that_vanishes_behind_the_door_is_unknown_wherever_that_is_seen(live: Live) -> None:
+    """Between the route's look and the request's preparation, too, and where it is back before anybody is told."""
+    answering = live.server.answering
+    arrays, store = live.session.encode(["good"]), live.session._table._hand.store  # type: ignore[union-attr]
+    looks: tuple[Callable[[], object], ...] = (
+        lambda: answering.admit(arrays, "gone", time.monotonic() + 60),
+        lambda: live.session.run(arrays, "gone"),
+        lambda: live.session.run(arrays, ["gone"]),
+        lambda: store.info("gone"),
+    )
+    for look in looks:
+        with pytest.raises(UnknownTaskError) as told:
+            look()
+        assert status_of(told.value) == 404

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from surgeon.errors import BuildError, SpecError, did_you_mean, shorten
+from surgeon.errors import BuildError, SpecError, UnknownTaskError, did_you_mean, shorten
 from surgeon.runtime.document import read_manifest
 from surgeon.runtime.manifest import Manifest
 from surgeon.runtime.store.places import Place, place_of
@@ -106,10 +106,10 @@ class TaskStore:
         data, found = self._read(name)
         return Stored(load_checked(found.info, data, directory), version, len(data))
 
-    def unknown(self, name: str) -> SpecError:
+    def unknown(self, name: str) -> UnknownTaskError:
         """The error for a name that no task has."""
         names = self.names()
-        return SpecError(
+        return UnknownTaskError(
             f"there is no task '{name}'",
             where=self.where,
             there_is=shorten(names) or "no task; task=None is the base itself",
