@@ -89,7 +89,10 @@ def begun() -> Callable[..., Program]:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache of converted graphs, of this session alone."""
+    """The cache of converted graphs, of this session alone; they are small, so it keeps more of them than for users."""
+    from surgeon.exporters import cache as graphs
+
+    graphs.KEEP = 64
     folder = tmp_path_factory.mktemp("cache")
     os.environ["SURGEON_CACHE"] = str(folder)
     return folder
