@@ -21,10 +21,12 @@ SAMPLE: Mapping[str, int] = {
     "rows": 3,
     "past": 4,
     "source": 6,
-    "samples": 2731,
+    "samples": 3051,
     "frames": 29,
 }
-"""Sizes of free axes in a trace: all different, of a sound as many samples as a few tokens are made of."""
+"""Sizes of free axes in a trace: all different, of a sound as many samples as a few tokens are made of.
+
+Some pair these, and pad where one is left over: it is an odd number of them, for what pads nothing then holds too."""
 IMAGE = 224
 """Height and width of an image where the configuration names none."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from surgeon.cached import cached_forward
 from surgeon.errors import TraceError
 from surgeon.inputs import SAMPLE, Input, base_inputs, sample_inputs, vocabulary
+from surgeon.normalising import normalise
 
 aten = torch.ops.aten
 
@@ -42,14 +43,15 @@ def trace(model: PreTrainedModel, inputs: tuple[Input, ...] | None = None) -> fx
     inputs = inputs or base_inputs(model)
     device = next(model.parameters()).device
     generates = any(i.cached for i in inputs)
-    sizes: Mapping[str, int] | None = SAMPLE
-    while sizes is not None:
+
+    def export(sizes: Mapping[str, int]) -> ExportedProgram:
         sample = sample_inputs(inputs, vocabulary(model), device, sizes)
-        exported = _exported(model, inputs, sample, generates=generates)
-        sizes = _larger(exported, inputs, sizes)
+        return _exported(model, inputs, sample, generates=generates)
+
+    exported, longest = _settled(export, inputs)
     unlifted = exported.module(check_guards=False)
     graph_module = fx.GraphModule(unlifted, unlifted.graph)
-    graph_module.meta[LONGEST] = _longest(exported, inputs)
+    graph_module.meta[LONGEST] = longest
     normalise(graph_module, model)
     return graph_module
 
@@ -81,35 +83,75 @@ def _exported(
             model.train(training)
 
 
-def _larger(exported: ExportedProgram, inputs: tuple[Input, ...], sizes: Mapping[str, int]) -> dict[str, int] | None:
-    """Sizes to trace with again, where a count that hangs on them was one and is one in the trace for good.
+def _settled(
+    export: Callable[[Mapping[str, int]], ExportedProgram], inputs: tuple[Input, ...]
+) -> tuple[ExportedProgram, int | None]:
+    """The trace, and the longest text that it is right for; None for any.
 
-    Such is the number of chunks that a recurrence cuts a text into. Raises TraceError where no size helps.
+    Where a count that hangs on free sizes was one, it is one in the trace for good: such is the number of chunks that a
+    recurrence cuts a text into. Then it is traced with larger sizes. If a count is a number even so, a loop was written
+    out, and the first trace is right for all texts of one chunk. Raises TraceError where neither helps.
     """
+    sizes = SAMPLE
+    first = exported = export(sizes)
+    while ones := [count for count, number in _counts(exported, inputs) if number == 1]:
+        sizes = _larger(ones, sizes)
+        exported = export(sizes)
+        if any(number > 1 for _, number in _counts(exported, inputs)):
+            ones = [count for count, number in _counts(first, inputs) if number == 1]
+            limits = [_while_one(ones), _longest(first, inputs)]
+            return first, min(limit for limit in limits if limit is not None)
+    return exported, _longest(exported, inputs)
+
+
+def _counts(exported: ExportedProgram, inputs: tuple[Input, ...]) -> list[tuple[Any, int]]:
+    """What the trace takes for a positive number although it hangs on free sizes: expressions of their words."""
     values = {n.name: n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder"}
     words = {
-        str(size): axis
+        size.node.expr: _word(axis)
         for i in inputs
         for size, axis in zip(values[i.name].shape, i.axes, strict=True)
-        if isinstance(axis, str) and "+" not in axis
+        if isinstance(axis, str) and "+" not in axis and isinstance(size, torch.SymInt)
     }
     asserted = [n.args[0].meta["val"] for n in exported.graph.nodes if n.target is aten._assert_scalar.default]
-    counts = [
-        expr.lhs
-        for condition in asserted
-        if isinstance(condition, torch.SymBool) and isinstance(expr := condition.node.expr, sympy.Eq) and expr.rhs == 1
-        if {str(symbol) for symbol in expr.lhs.free_symbols} <= words.keys()
+    equal = [c.node.expr for c in asserted if isinstance(c, torch.SymBool) and isinstance(c.node.expr, sympy.Eq)]
+    return [
+        (expr.lhs.subs(words), int(expr.rhs))
+        for expr in equal
+        if expr.rhs.is_Integer and expr.rhs > 0 and expr.lhs.free_symbols <= words.keys()
     ]
-    if not counts:
-        return None
-    needed = {words[str(symbol)] for count in counts for symbol in count.free_symbols}
+
+
+def _word(axis: str) -> sympy.Symbol:
+    return sympy.Symbol(axis, integer=True, positive=True)
+
+
+def _at(count: Any, sizes: Mapping[str, int]) -> int:
+    return int(count.subs({_word(axis): size for axis, size in sizes.items()}))
+
+
+def _larger(counts: Sequence[Any], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes to trace with again, by which no count is one. Raises TraceError where there are none."""
+    needed = {str(word) for count in counts for word in count.free_symbols}
     for factor in FACTORS:
         larger = {word: size * factor + 1 if word in needed else size for word, size in sizes.items()}
         if max(larger[word] for word in needed) > LIMIT:
             break
-        if all(count.subs({s: larger[words[str(s)]] for s in count.free_symbols}) > 1 for count in counts):
+        if all(_at(count, larger) > 1 for count in counts):
             return larger
     raise TraceError(f"the trace holds only where {counts[0]} is 1", try_="a base that treats all lengths alike")
+
+
+def _while_one(counts: Sequence[Any]) -> int:
+    """The longest text by which every count is one. Raises TraceError where they hang on another size than a text's."""
+    words = {str(word) for count in counts for word in count.free_symbols}
+    if words != {"sequence"}:
+        raise TraceError(
+            f"the trace holds only where {counts[0]} is 1: the model's code loops over them",
+            try_="a base that treats all lengths alike",
+        )
+    lengths = range(SAMPLE["sequence"], LIMIT)
+    return next((n for n in lengths if any(_at(count, {"sequence": n + 1}) != 1 for count in counts)), LIMIT)
 
 
 def _longest(exported: ExportedProgram, inputs: tuple[Input, ...]) -> int | None:
@@ -121,10 +163,20 @@ def _longest(exported: ExportedProgram, inputs: tuple[Input, ...]) -> int | None
     return min((upper for upper in uppers if upper < sys.maxsize - 1), default=None)
 
 
+REASONS = {
+    "inferred a static shape": "its code takes a free size for a number, as a loop over tokens does",
+    "data-dependent": "its code goes one way or another by what the data are",
+    "Couldn't swap": "its code casts a module when it is called",
+}
+"""What it is in a model's code that the exporter stops at, by a part of the exporter's words."""
+
+
 def _reason(error: Exception) -> str:
-    """The first line of what the exporter says, with the next where the first announces it."""
+    """The first line of what the exporter says, with the next where the first announces it; and what it stems from."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    known = next((f"{reason}. " for words, reason in REASONS.items() if words in said), "")
+    return known + said
 
 
 def _dims(inputs: tuple[Input, ...]) -> dict[str, Any]:
@@ -176,72 +228,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.getLogger("torch").setLevel(level)
-
-
-def normalise(graph_module: fx.GraphModule, model: torch.nn.Module) -> None:
-    """Bring a fresh trace into the one form that anatomy and passes read."""
-    for node in list(graph_module.graph.nodes):
-        if (node.op == "call_module" and node.target == "_guards_fn") or node.target in (
-            aten._assert_tensor_metadata.default,
-            aten._assert_scalar.default,
-        ):
-            graph_module.graph.erase_node(node)
-    _inline_grad_blocks(graph_module)
-    _canonical_names(graph_module, _checkpoint_names(model))
-    graph_module.graph.eliminate_dead_code()
-    graph_module.delete_all_unused_submodules()
-    graph_module.graph.lint()
-    graph_module.recompile()
-
-
-def _inline_grad_blocks(graph_module: fx.GraphModule) -> None:
-    """Replace `wrap_with_set_grad_enabled(flag, block, *args)` by the block's own nodes."""
-    for node in list(graph_module.graph.nodes):
-        if node.target is not torch.ops.higher_order.wrap_with_set_grad_enabled:
-            continue
-        block = graph_module.get_submodule(node.args[1].target)
-        assert isinstance(block, fx.GraphModule)
-        with graph_module.graph.inserting_before(node):
-            places = iter(node.args[2:])
-            env = {inner: next(places) for inner in block.graph.nodes if inner.op == "placeholder"}
-            result = graph_module.graph.graph_copy(block.graph, env)
-        outputs = result if isinstance(result, (tuple, list)) else (result,)
-        for user in list(node.users):
-            user.replace_all_uses_with(outputs[user.args[1]])
-            graph_module.graph.erase_node(user)
-        graph_module.graph.erase_node(node)
-
-
-def _checkpoint_names(model: torch.nn.Module) -> Mapping[int, str]:
-    """For each parameter and buffer (by identity) the first name it is registered under."""
-    names: dict[int, str] = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        names.setdefault(id(tensor), name)
-    return names
-
-
-def _canonical_names(graph_module: fx.GraphModule, names: Mapping[int, str]) -> None:
-    """Let every `get_attr` read a tied weight under its checkpoint name.
-
-    torch.export keeps one node per alias and lets only the last registered one have users.
-    """
-    for node in graph_module.graph.nodes:
-        if node.op != "get_attr":
-            continue
-        tensor: Any = graph_module
-        for part in node.target.split("."):
-            tensor = getattr(tensor, part)
-        wanted = names.get(id(tensor))
-        if wanted and wanted != node.target:
-            owner, _, leaf = wanted.rpartition(".")
-            module = graph_module
-            for part in filter(None, owner.split(".")):
-                if not hasattr(module, part):
-                    module.add_module(part, torch.nn.Module())
-                module = getattr(module, part)
-            if not hasattr(module, leaf):
-                if isinstance(tensor, torch.nn.Parameter):
-                    module.register_parameter(leaf, tensor)
-                else:
-                    module.register_buffer(leaf, tensor)
-            node.target = wanted

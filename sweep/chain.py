@@ -71,13 +71,13 @@ def chain(case: Case, notes: Notes, ladder: Sequence[Sizes] = LADDER) -> None:
     opened, items = open_base(model), surgery(anatomy)
     verdict = {name: "ok" if name in items else "none" for name in TECHNIQUES}
     notes["step"] = "surgery"
-    notes["export"] = together = _attempt(opened, graph_module, list(items.values()))
+    notes["export"] = together = attempt(opened, graph_module, list(items.values()))
     if together != "ok" and items:
         notes["together"] = together
-        notes["export"] = alone = _attempt(opened, graph_module, [])
+        notes["export"] = alone = attempt(opened, graph_module, [])
         if alone == "ok":
             notes["step"] = "each technique alone"
-            verdict |= {name: _attempt(opened, graph_module, [item]) for name, item in items.items()}
+            verdict |= {name: attempt(opened, graph_module, [item]) for name, item in items.items()}
             if all(said in {"ok", "none"} for said in verdict.values()):
                 notes["export"] = f"each technique works alone, all together do not: {together}"
         else:
@@ -107,7 +107,7 @@ def surgery(anatomy: Anatomy) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _attempt(opened: Base, graph_module: fx.GraphModule, items: list[Mapping[str, Any]]) -> str:
+def attempt(opened: Base, graph_module: fx.GraphModule, items: list[Mapping[str, Any]]) -> str:
     """`ok`, or why surgery does not work."""
     try:
         compiled = _operate(opened, graph_module, items)

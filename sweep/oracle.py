@@ -6,12 +6,12 @@ Each check returns what is wrong, in a line each.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from surgeon.anatomy import Anatomy, Attention, Join, Projection
 from surgeon.dataflow import ancestors, descendants
@@ -42,34 +42,58 @@ def counts(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[str]:
     """One mixing sublayer a layer of the configuration, and a whole number of feed-forwards.
 
     Attention and another mixer side by side in one join are one; a family may feed forward twice a layer (macarons,
-    gates by layer), or have one sublayer a layer.
+    gates by layer) or convolve after its attention, or have one sublayer a layer. What stands apart from encoder and
+    decoder (a second stream beside the first) is counted where the layers are not the others' alone (a stack that runs
+    again and again).
     """
-    fields, stages = depths(model.config), getattr(model.config, "depths", None)
-    found = {kind: {(j.stack, j.skip) for j in anatomy.joins if j.role == f"residual.{kind}"} for kind in KINDS}
-    mixing, feeding, crossing = (
-        len(found["attention"] | found["mixer"]),
-        len(found["ffn"]),
-        len(found["cross_attention"]),
-    )
-    deep = [v for k, v in fields.items() if k in {"decoder_layers", "num_decoder_layers"}]
-    if model.config.is_encoder_decoder and deep:
-        wanted = fields.get("encoder_layers") or fields.get("num_encoder_layers") or fields["num_hidden_layers"]
-        wanted += deep[0]
-        if crossing != deep[0]:
-            yield f"{crossing} cross-attentions in {deep[0]} decoder layers"
-    elif stages:
-        wanted = sum(stages)
-    elif "num_hidden_layers" in fields:
-        wanted = fields["num_hidden_layers"]
-    else:
+    stages = getattr(model.config, "depths", None)
+    total, crossed = (sum(stages), None) if stages else wanted(model.config)
+    if total is None:
         return
-    each = mixing == wanted and (feeding == 0 or feeding % wanted == 0)
-    one_each = mixing + feeding == wanted
-    if not each and not one_each:
-        yield f"{mixing} mixing and {feeding} feed-forward sublayers in {wanted} layers"
-    depth = sum(anatomy.layers.values() if stages else (anatomy.layers.get(s, 0) for s in ("encoder", "decoder")))
-    if depth != wanted:
-        yield f"layers by stack are {anatomy.layers}, by configuration {wanted}"
+    main = [s for s in anatomy.layers if s in {"encoder", "decoder"}]
+    told = [_counted(anatomy, stacks, total) for stacks in ([*anatomy.layers], main)]
+    crossing = len({(j.stack, j.skip) for j in anatomy.joins if j.role == "residual.cross_attention"})
+    if crossed is not None and crossing != crossed:
+        yield f"{crossing} cross-attentions in {crossed} decoder layers"
+    if not stages and None not in told:
+        yield from (said for said in told[-1:] if said)
+    elif stages and told[0]:
+        yield told[0]
+    deep = [sum(anatomy.layers[s] for s in stacks) for stacks in ([*anatomy.layers], main)]
+    if total not in (deep[:1] if stages else deep):
+        yield f"layers by stack are {anatomy.layers}, by configuration {total}"
+
+
+def _counted(anatomy: Anatomy, stacks: Sequence[str], total: int) -> str | None:
+    """What is wrong with the number of sublayers in some stacks."""
+    found = {
+        kind: {(j.stack, j.skip) for j in anatomy.joins if j.role == f"residual.{kind}" and j.stack in stacks}
+        for kind in KINDS
+    }
+    inside = {(j.stack, j.skip) for j in anatomy.joins if j.layer is not None}
+    attending, feeding = (len(found[kind] & inside) for kind in ("attention", "ffn"))
+    mixing = len((found["attention"] | found["mixer"]) & inside)
+    each = mixing == total or (attending == total and mixing % total == 0)
+    if (each and feeding % total == 0) or mixing + feeding == total:
+        return None
+    return f"{mixing} mixing and {feeding} feed-forward sublayers in {total} layers"
+
+
+def wanted(config: PretrainedConfig) -> tuple[int | None, int | None]:
+    """The layers that a configuration says, in encoder and decoder together; and those that attend to the encoder."""
+    if not config.is_encoder_decoder:
+        return depths(config).get("num_hidden_layers"), None
+    within = [getattr(config, side, None) for side in ("encoder", "decoder")]
+    sides = [depths(part) for part in within if isinstance(part, PretrainedConfig)]
+    if len(sides) == 2:
+        encoder, decoder = (side.get("num_hidden_layers") for side in sides)
+    else:
+        fields = depths(config)
+        encoder = fields.get("encoder_layers") or fields.get("num_encoder_layers") or fields.get("num_hidden_layers")
+        decoder = fields.get("decoder_layers") or fields.get("num_decoder_layers")
+    if encoder is None or decoder is None:
+        return encoder, None
+    return encoder + decoder, decoder
 
 
 def widths(anatomy: Anatomy) -> Iterator[str]:

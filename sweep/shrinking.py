@@ -19,8 +19,10 @@ LAYERS = r"(\w+_)?(layers?|blocks?)|(\w+_)?depth|n_layers?_?\w*"
 KEPT = (
     r".*(per_layer|every_n|interval|nextn|residual_layers|lstm_layers|feat_extract_layers|adapter_layers|output_layer|"
     r"feature_layer|per_block|random_blocks|mem_blocks|chunk_size_feed_forward|num_channels|max_new_tokens|"
-    r"sampling_rate|num_labels|channels)"
+    r"sampling_rate|num_labels|channels|index_\w*heads)"
 )
+"""What is left as it is. An index scores tokens by a sum over its heads, of what is above zero: of a few heads many
+sums are zero, and which of equals are the highest is anybody's choice."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ ABSENT: dict[str, Callable[[Sizes], Any]] = {
     r"num_experts|num_local_experts|n_routed_experts": lambda _: 4,
     r"n_shared_experts|n_group|topk_group": lambda _: 1,
     r"head_dim": lambda sizes: sizes.head,
+    r"num_key_value_heads": lambda sizes: sizes.heads // 2,
     r"layer_types": lambda sizes: ["full_attention"] * sizes.layers,
 }
 """What a family may leave open and cannot be built without."""
@@ -51,6 +54,7 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4}
 MISSING: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},  # the model reads the one, and clips by the other
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE | {"mrope_section": [4, 2, 2]}}},
+    "xmod": {"default_language": "en_XX"},  # of its adapters one has to be chosen
 }
 """What some families' defaults lack, so that no model can be built of them."""
 
@@ -100,7 +104,8 @@ def _settle(config: PretrainedConfig) -> None:
     """What a trace wants of every family, set where the family has it."""
     for name, value in list(vars(config).items()):
         if name.endswith("layerdrop") or name in {"drop_path_rate", "stochastic_depth_rate"}:
-            setattr(config, name, type(value)(0.0 for _ in value) if isinstance(value, (list, tuple)) else 0.0)
+            off = [0.0] * len(value) if isinstance(value, (list, tuple)) else 0  # some classes take no fraction here
+            setattr(config, name, type(value if value is not None else 0.0)(off))
         if name == "use_cache":
             config.use_cache = False
     if getattr(config, "pad_token_id", None) is None:

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from sweep.cases import EXCEPTIONS, Case
+from sweep.causes import told
 from sweep.chain import SHAPES, TECHNIQUES
 
 Result = dict[str, Any]
@@ -33,8 +34,8 @@ own defaults by rules that name no family (`sweep/shrinking.py`), with one head.
 
 `✓` works, `–` there is nothing for it in this model, `✗` does not: the cause is in the last column, one line, the first
 where there are several. `?` was not reached. A cause that starts with `trace` or `export` is what torch.export or the
-exporter said; `build` means that no rung of the ladder of tiny sizes makes a model that answers to the inputs of
-`surgeon/inputs.py` alone: ids, an image or a sound.
+exporter said, or what that stems from in the model's code (`sweep/causes.py`); `build` means that no rung of the ladder
+of tiny sizes makes a model that answers to the inputs of `surgeon/inputs.py` alone: ids, an image or a sound.
 """
 
 
@@ -101,7 +102,7 @@ def _row(row: Result) -> list[str]:
         _mark(row.get("faults")),
         *(_mark(said.get(name)) for name in TECHNIQUES),
         _mark(row.get("export")),
-        str(row.get("cause", ""))[:200].replace("|", "\\|").replace("](", "] ("),  # it is no link
+        told(row["family"], str(row.get("cause", "")))[:200].replace("|", "\\|").replace("](", "] ("),  # it is no link
     ]
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 import surgeon
 from surgeon.module import switchable
-from surgeon.trace import trace
+from surgeon.trace import LONGEST, trace
 from sweep.cases import Case, base
 from sweep.chain import feed
 from sweep.shrinking import LADDER, Sizes
@@ -34,3 +36,39 @@ def test_a_recurrence_in_chunks_takes_texts_of_any_number_of_chunks(family: str)
         with torch.no_grad():
             found, wanted = graph(**given)["logits"], model(**given).logits
         assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+class Chunks(PreTrainedModel):
+    """Sums up a text chunk by chunk, in a loop that a trace writes out."""
+
+    config_class = PretrainedConfig
+    length = 16
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.words, self.out = nn.Embedding(50, 8), nn.Linear(8, 50)
+        self.loss_type = "ForCausalLM"
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.words
+
+    def forward(self, input_ids: Tensor) -> CausalLMOutput:
+        x = self.words(input_ids)
+        size = x.shape[1]
+        pad = (self.length - size % self.length) % self.length
+        x = nn.functional.pad(x, (0, 0, 0, pad)).reshape(x.shape[0], -1, self.length, 8)
+        total, sums = x.new_zeros(x.shape[0], 1, 8), torch.zeros_like(x)
+        for chunk in range((size + pad) // self.length):
+            sums[:, chunk] = total + x[:, chunk].cumsum(1)
+            total = sums[:, chunk, -1:]
+        return CausalLMOutput(logits=self.out(sums.flatten(1, 2)[:, :size]))
+
+
+def test_a_loop_over_chunks_that_is_written_out_takes_texts_of_one_chunk() -> None:
+    model = Chunks(PretrainedConfig(vocab_size=50)).eval()
+    graph = trace(model)
+    assert graph.meta[LONGEST] == Chunks.length
+    for size in (1, 7, Chunks.length):
+        ids = torch.randint(50, (3, size))
+        torch.testing.assert_close(graph(input_ids=ids)["logits"], model(ids).logits)

@@ -69,13 +69,15 @@ def _fused(facts: Facts, node: Node) -> Core:
 
 
 def _spelled_out(facts: Facts, softmax: Node, weighted: dict[Node, WeightedOp]) -> Core | None:
-    scores = _scores(facts, softmax, weighted)
     mixed = _mixed(facts, softmax, weighted)
-    if scores is None or mixed is None:
+    if mixed is None:
+        return None
+    value = next(a for a in mixed.args[-2:] if isinstance(a, Node) and not _reaches(facts, softmax, a))
+    scores = _scores(facts, softmax, weighted, value)
+    if scores is None:
         return None
     operands = [a for a in scores.args if isinstance(a, Node)]
     query, transposed_key = operands[1:3] if facts.op[scores] == "baddbmm" else operands[:2]
-    value = next(a for a in mixed.args[-2:] if isinstance(a, Node) and not _reaches(facts, softmax, a))
     return Core(
         node=softmax,
         scores=scores,
@@ -94,8 +96,8 @@ def _reaches(facts: Facts, node: Node, other: Node) -> bool:
     return node is other or facts.is_above(node, other)
 
 
-def _scores(facts: Facts, softmax: Node, weighted: dict[Node, WeightedOp]) -> Node | None:
-    """The product of two activations behind the softmax; that of projected data where there are several."""
+def _scores(facts: Facts, softmax: Node, weighted: dict[Node, WeightedOp], value: Node) -> Node | None:
+    """The product of two activations behind the softmax; of several the first whose keys are of the values' stream."""
     todo, seen, found = facts.flow(softmax), set(facts.flow(softmax)), []
     while todo:
         node = todo.pop()
@@ -105,7 +107,15 @@ def _scores(facts: Facts, softmax: Node, weighted: dict[Node, WeightedOp]) -> No
         elif facts.op[node] in POINTWISE:
             todo.extend(i for i in facts.flow(node) if i not in seen)
             seen.update(facts.flow(node))
+    if len(found) > 1:
+        stream = _projected(facts, value, weighted)
+        found = [n for n in found if _projected(facts, _factors(facts, n)[1], weighted) == stream] or found
     return min(found, key=facts.position.__getitem__, default=None)
+
+
+def _projected(facts: Facts, operand: Node, weighted: dict[Node, WeightedOp]) -> set[Node]:
+    """What the projections read that an operand of an attention product comes from."""
+    return {facts.strip(weighted[n].input) for n in facts.nearest_above(operand, weighted)}
 
 
 def _factors(facts: Facts, product: Node) -> list[Node]:
@@ -142,10 +152,13 @@ def _untransposed(facts: Facts, node: Node) -> Node:
 
 
 def _heads(facts: Facts, query: Node) -> int:
-    """Heads of `[B, heads, S, d]`, also where they were folded into the batch since."""
+    """Heads of `[B, heads, S, d]`, also where they were folded into the batch since, or were there from the start."""
     node = query
     while rank(node) < 4 and facts.flow(node):
-        node = facts.flow(node)[0]
+        below, node = node, facts.flow(node)[0]
+        wide, one = shape(node)[-1], shape(below)[-1]
+        if rank(node) == rank(below) == 3 and facts.op[below] in RESHAPES and wide != one:
+            return wide // one if isinstance(wide, int) and isinstance(one, int) and wide % one == 0 else 1
     size = shape(node)[1] if rank(node) >= 4 else 1
     return size if isinstance(size, int) else 1
 

@@ -11,7 +11,7 @@ from torch.fx import Node
 from surgeon.anatomy.cores import cores
 from surgeon.anatomy.ends import embeddings, heads, index
 from surgeon.anatomy.facts import RESHAPES, Facts, rank, shape
-from surgeon.anatomy.joins import JoinOp, Reading, joins
+from surgeon.anatomy.joins import JoinOp, Reading, blends, joins
 from surgeon.anatomy.norm_places import NormPlace, norm_places
 from surgeon.anatomy.norms import NormOp, norm_ops
 from surgeon.anatomy.roles import Part, downs, parts
@@ -29,9 +29,12 @@ def find(graph_module: fx.GraphModule) -> Anatomy:
     facts = Facts(graph_module)
     weighted = weighted_ops(facts)
     reading = Reading(facts, weighted, norm_ops(facts), cores(facts, weighted))
-    found = joins(reading)
+    joined = joins(reading)
+    found = [join for join in joined if not blends(reading, join)]
     chains = stacks(reading, found)
     sublayers, notes = places(reading, chains)
+    if blended := len(joined) - len(found):
+        notes.append(f"{blended} joins are x + r (f - x), from the stream to the sublayer's answer: they add nothing")
     if not found:
         seen = f"{len(reading.cores)} attention products and {len(weighted)} products with weights"
         notes.append(f"no residual join was found among {seen}: what this model is built of is not understood")

@@ -62,6 +62,20 @@ def joins(reading: Reading) -> list[JoinOp]:
     return [_told_apart(reading, join, found) for join in found]
 
 
+def blends(reading: Reading, join: JoinOp) -> bool:
+    """Whether a branch ends by taking the stream away: x + r (f - x) goes from stream to sublayer, and adds nothing."""
+    facts = reading.facts
+    weighted = facts.bits(reading.weighted)
+    return any(
+        facts.op[node] == "sub"
+        and len(facts.flow(node)) == 2
+        and facts.strip(facts.flow(node)[1], reading.norms) is join.stream
+        and not facts.interval(node, sublayer.value) & weighted
+        for sublayer in join.sublayers
+        for node in facts.members(sublayer.own)
+    )
+
+
 def previous(reading: Reading, join: JoinOp, roots: dict[Node, JoinOp]) -> JoinOp | None:
     """The join whose result, normed or not, this one's skip is."""
     return roots.get(trunk(reading, join.skip, roots))

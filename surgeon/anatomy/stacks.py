@@ -22,12 +22,13 @@ class Stack:
 
     joins: list[JoinOp]
     name: str = ""
-    layers: list[int] = field(default_factory=list)
+    layers: list[int | None] = field(default_factory=list)
+    """None for a join in front of the first layer, of a stem."""
 
     @property
     def depth(self) -> int:
         """Number of layers."""
-        return max(self.layers, default=-1) + 1
+        return max((layer for layer in self.layers if layer is not None), default=-1) + 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,7 @@ class Place:
     stack: Stack
     join: JoinOp
     sublayer: Sublayer
-    layer: int
+    layer: int | None
     kind: str
     """The sublayer's kind, with `cross_attention` told from `attention`."""
 
@@ -128,18 +129,25 @@ def _crossing(reading: Reading, sublayer: Sublayer, chain: Stack, chains: list[S
     return "cross_attention" if chain not in sources else sublayer.kind
 
 
-def _layers(reading: Reading, chain: Stack, kinds: dict[Sublayer, str]) -> tuple[list[int], list[str]]:
-    """Cut a chain by the modules' own numbers where these are sound, else at each mixing after a feed-forward."""
-    by_structure = _by_structure(chain, kinds)
+def _layers(reading: Reading, chain: Stack, kinds: dict[Sublayer, str]) -> tuple[list[int | None], list[str]]:
+    """Cut a chain by the modules' own numbers where these are sound, else at each mixing after a feed-forward.
+
+    Mixers of no number in front of numbered layers are a stem's, as convolutions that give a sound its positions.
+    """
     indices = [_module_index(join.root) for join in chain.joins]
+    front = next((at for at, index in enumerate(indices) if index is not None), 0)
+    if front and all(kinds[s] == "mixer" for join in chain.joins[:front] for s in join.sublayers):
+        layers, notes = _layers(reading, Stack(chain.joins[front:]), kinds)
+        return [None] * front + layers, notes
+    by_structure = _by_structure(chain, kinds)
     numbers = [i for i in indices if i is not None]
     sound = len(numbers) == len(indices) and numbers == sorted(numbers) and not _weights_recur(reading, chain, numbers)
     if not sound or (len(set(numbers)) == 1 and max(by_structure) > 0):
-        return by_structure, []
+        return [*by_structure], []
     order = sorted(set(numbers))
     by_module = [order.index(i) for i in numbers]
     note = f"layers: {len(order)} by module, {max(by_structure) + 1} by structure; taken by module"
-    return by_module, [note] if by_module != by_structure else []
+    return [*by_module], [note] if by_module != by_structure else []
 
 
 def _by_structure(chain: Stack, kinds: dict[Sublayer, str]) -> list[int]:

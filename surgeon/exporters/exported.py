@@ -45,6 +45,7 @@ IDLE = (
     aten.view.default,
     aten.expand.default,
 )
+NUMBER_FIRST = (aten.rsub.Scalar, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
 SYNONYMS = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
     aten.__or__.Tensor: aten.bitwise_or.Tensor,
@@ -225,7 +226,11 @@ class _Writer:
         if target is aten.scaled_dot_product_attention.default:
             args = args[:4] + ((0.0,) if len(args) > 4 else ()) + args[5:]
             kwargs = {n: a for n, a in kwargs.items() if n != "dropout_p"}
+        if target is aten.batch_norm.default and not args[5]:
+            return self._normed(args, node.name)
         value = target(*_values(args), **_values(kwargs))
+        if target in NUMBER_FIRST and not all(isinstance(a, fx.Node) for a in args):
+            args = self._promoted(args, value)
         if target is aten.contiguous.default:
             return self._contiguous(args[0])
         if target in IDLE:
@@ -239,6 +244,27 @@ class _Writer:
             target, args, kwargs = aten.view.default, (copied, args[1]), {}
             value = copied.meta["val"].view(_values(args[1]))
         return self._node(target, args, kwargs, value, node.name)
+
+    def _normed(self, args: tuple[Any, ...], name: str) -> fx.Node:
+        """Batch norm by its running statistics, as ONNX has it: input, weight, bias, mean, variance, momentum, eps."""
+        target, given = aten._native_batch_norm_legit_no_training.default, (*args[:5], *args[6:8])
+        value = target(*_values(given))
+        results = self._node(target, given, {}, value)
+        return self._node(operator.getitem, (results, 0), {}, value[0], name)
+
+    def _promoted(self, args: tuple[Any, ...], value: Tensor) -> tuple[Any, ...]:
+        """Integers beside a number with a fraction as numbers of the result's type.
+
+        To ONNX the exporter would promote them itself, and knows no operator with the number in front.
+        """
+        if not value.is_floating_point():
+            return args
+        cast = {"dtype": value.dtype}
+        whole = [isinstance(a, fx.Node) and not a.meta["val"].is_floating_point() for a in args]
+        return tuple(
+            self._node(aten._to_copy.default, (a,), cast, a.meta["val"].to(value.dtype)) if promote else a
+            for a, promote in zip(args, whole, strict=True)
+        )
 
     def _spelled(self, fn: Any, args: tuple[Any, ...]) -> Any:
         """An operator that torch does not have, as the technique that brought it writes it for exporters."""

@@ -114,11 +114,11 @@ def _closed(scores: Tensor, live: Tensor) -> Tensor:
 def _open_spelled_out(program: Program, site: Attention, live: fx.Node, extend: Extend) -> None:
     """Walk from the score product to the softmax and widen every operand that has the key axis, and every view."""
     keys = site.scores.meta["val"].shape[-1]
-    path = {site.scores} | (descendants(site.scores) & ancestors(site.core))
-    for node in (descendants(site.scores) & ancestors(site.mixed)) - {site.mixed}:
+    path = {site.scores} | (descendants(site.scores) & ancestors(site.mixed))
+    for node in path - {site.scores, site.mixed}:
         _free_size(program, node, keys)
     closes = False
-    for node in sorted(path - {site.core}):
+    for node in sorted(path - {site.core, site.mixed}):
         for operand in list(node.all_input_nodes):
             value = operand.meta.get("val")
             if operand in path or not isinstance(value, Tensor) or value.dim() == 0:

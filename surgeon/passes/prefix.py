@@ -75,7 +75,7 @@ class Prefix(Pass):
             if self.shift and first and not cross:
                 shift_positions(program, stack, pairs[0][0])
                 of_decoder = stack == "decoder" and any(i.name == "decoder_input_ids" for i in program.inputs)
-                program.occupy(f"prefix.length.{place}", "decoder_sequence" if of_decoder else "sequence")
+                program.occupy(pairs[0][0].free[1], "decoder_sequence" if of_decoder else "sequence")
         return PassResult(program, modified=True)
 
     def _is_first(self, program: Program, group: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sweep.cases import EXCEPTIONS, Case, cases
+from sweep.causes import CAUSES, told
 from sweep.running import Limits, forget, results, run
 from sweep.table import page
 
@@ -87,3 +88,12 @@ def test_the_page_counts_what_it_shows(tmp_path: Path) -> None:
     assert "2 of 2 cases have been run, 2 of 2 families. **1 families are green" in text
     assert "What stopped the others: export 1." in text
     assert "| gpt2 | causal-lm |" in text
+
+
+def test_a_cause_read_in_the_code_stands_only_for_the_step_it_was_read_for() -> None:
+    assert told("mamba", "trace: TraceError: a static shape of 7") == CAUSES["mamba"]
+    assert told("mamba", "export: base is 1e-3 off") == "export: base is 1e-3 off"
+    assert told("mamba", "") == told("bert", "") == ""
+    assert CAUSES.keys() <= {case.family for case in cases()}
+    steps = {"build", "trace", "anatomy", "export"}
+    assert {line.partition(":")[0] for line in CAUSES.values()} <= steps

@@ -26,6 +26,13 @@ def test_some_layers_keep_keys_of_their_own_where_others_share_them(layers: int)
 def test_rates_by_stage_are_off_by_stage() -> None:
     config = tiny("cvt", Sizes())
     assert list(config.drop_path_rate) == [0.0] * 3
+    assert tiny("levit", Sizes()).drop_path_rate == 0  # the class takes no number with a fraction
+
+
+def test_an_index_keeps_its_heads_so_that_no_two_tokens_score_the_same() -> None:
+    config = tiny("deepseek_v32", Sizes())
+    assert config.num_attention_heads == 4
+    assert config.index_n_heads == 64
 
 
 def test_what_defaults_leave_open_is_chosen_when_asked() -> None:

@@ -1,0 +1,159 @@
+"""The one form of a fresh trace that anatomy and passes read: flat, by the checkpoint's names, undisguised."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+APART = {
+    aten.dropout_.default: aten.dropout.default,
+    aten.masked_fill_.Scalar: aten.masked_fill.Scalar,
+    aten.masked_fill_.Tensor: aten.masked_fill.Tensor,
+}
+"""Operators that write over their operand, and those that give a value of their own."""
+MATRICES = re.compile(r"(\w*)(\w)(\w),\1(?:\3(\w)|(\w)\3)->\1\2(?:\4|\5)")
+
+
+def normalise(graph_module: fx.GraphModule, model: torch.nn.Module) -> None:
+    """Bring a fresh trace into the one form that anatomy and passes read."""
+    for node in list(graph_module.graph.nodes):
+        if (node.op == "call_module" and node.target == "_guards_fn") or node.target in (
+            aten._assert_tensor_metadata.default,
+            aten._assert_scalar.default,
+        ):
+            graph_module.graph.erase_node(node)
+    _inline_grad_blocks(graph_module)
+    _write_apart(graph_module.graph)
+    _products(graph_module.graph)
+    _rows_before_columns(graph_module.graph)
+    _canonical_names(graph_module, _checkpoint_names(model))
+    graph_module.graph.eliminate_dead_code()
+    graph_module.delete_all_unused_submodules()
+    graph_module.graph.lint()
+    graph_module.recompile()
+
+
+def _inline_grad_blocks(graph_module: fx.GraphModule) -> None:
+    """Replace `wrap_with_set_grad_enabled(flag, block, *args)` by the block's own nodes."""
+    for node in list(graph_module.graph.nodes):
+        if node.target is not torch.ops.higher_order.wrap_with_set_grad_enabled:
+            continue
+        block = graph_module.get_submodule(node.args[1].target)
+        assert isinstance(block, fx.GraphModule)
+        with graph_module.graph.inserting_before(node):
+            places = iter(node.args[2:])
+            env = {inner: next(places) for inner in block.graph.nodes if inner.op == "placeholder"}
+            result = graph_module.graph.graph_copy(block.graph, env)
+        outputs = result if isinstance(result, (tuple, list)) else (result,)
+        for user in list(node.users):
+            user.replace_all_uses_with(outputs[user.args[1]])
+            graph_module.graph.erase_node(user)
+        graph_module.graph.erase_node(node)
+
+
+def _write_apart(graph: fx.Graph) -> None:
+    """Let what writes over a value that nobody has by another name give a value of its own, for all later readers."""
+    for node in [n for n in graph.nodes if n.target in APART]:
+        operand = node.args[0]
+        if not _alone(operand) or any(_aliases(user) for user in operand.users if user < node):
+            continue
+        with graph.inserting_before(node):
+            apart = graph.call_function(APART[node.target], node.args, node.kwargs)
+        apart.meta = dict(node.meta)
+        operand.replace_all_uses_with(apart, lambda user, at=node: at < user)
+        node.replace_all_uses_with(apart)
+        graph.erase_node(node)
+
+
+def _alone(node: fx.Node) -> bool:
+    """Whether a value is in memory that no input or weight is, and is read by no other name."""
+    while _aliases(node):
+        if not node.args or not isinstance(node.args[0], fx.Node) or len(node.args[0].users) > 1:
+            return False
+        node = node.args[0]
+    return True
+
+
+def _aliases(node: fx.Node) -> bool:
+    """Whether a value is (or may be) another's memory: a view, an input, a weight, or what was written in place."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or any(r.alias_info for r in schema.returns)
+
+
+def _products(graph: fx.Graph) -> None:
+    """Let an `einsum` that is a product of matrices, with the same axes in front of both, be a `matmul`."""
+    for node in graph.find_nodes(op="call_function", target=aten.einsum.default):
+        spelled = MATRICES.fullmatch(node.args[0].replace(" ", ""))
+        axes = "".join(filter(None, spelled.groups())) if spelled else ""
+        if not spelled or len(set(axes)) < len(axes):
+            continue
+        left, right = node.args[1]
+        with graph.inserting_before(node):
+            if spelled[5]:
+                value = right.meta["val"].transpose(-1, -2)
+                right = graph.call_function(aten.transpose.int, (right, -1, -2))
+                right.meta = {**node.meta, "val": value}
+            product = graph.call_function(aten.matmul.default, (left, right))
+        product.meta = dict(node.meta)
+        node.replace_all_uses_with(product)
+        graph.erase_node(node)
+
+
+def _rows_before_columns(graph: fx.Graph) -> None:
+    """Give keys that one `permute` lays out as columns, `[B, heads, d, S]`, their rows first and transpose these.
+
+    What acts on keys finds them as `[B, heads, S, d]` in every model then.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.permute.default):
+        axes = [axis % len(node.args[1]) for axis in node.args[1]]
+        products = [u for u in node.users if u.target in (aten.matmul.default, aten.bmm.default) and u.args[1] is node]
+        if len(axes) != 4 or axes[0] != 0 or axes[-2:] != [3, 1] or not products:
+            continue
+        with graph.inserting_before(node):
+            rows = graph.call_function(aten.permute.default, (node.args[0], [*axes[:2], axes[3], axes[2]]))
+            columns = graph.call_function(aten.transpose.int, (rows, -1, -2))
+        columns.meta = dict(node.meta)
+        rows.meta = {**node.meta, "val": node.meta["val"].transpose(-1, -2)}
+        node.replace_all_uses_with(columns)
+        graph.erase_node(node)
+
+
+def _checkpoint_names(model: torch.nn.Module) -> Mapping[int, str]:
+    """For each parameter and buffer (by identity) the first name it is registered under."""
+    names: dict[int, str] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        names.setdefault(id(tensor), name)
+    return names
+
+
+def _canonical_names(graph_module: fx.GraphModule, names: Mapping[int, str]) -> None:
+    """Let every `get_attr` read a tied weight under its checkpoint name.
+
+    torch.export keeps one node per alias and lets only the last registered one have users.
+    """
+    for node in graph_module.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        tensor: Any = graph_module
+        for part in node.target.split("."):
+            tensor = getattr(tensor, part)
+        wanted = names.get(id(tensor))
+        if wanted and wanted != node.target:
+            owner, _, leaf = wanted.rpartition(".")
+            module = graph_module
+            for part in filter(None, owner.split(".")):
+                if not hasattr(module, part):
+                    module.add_module(part, torch.nn.Module())
+                module = getattr(module, part)
+            if not hasattr(module, leaf):
+                if isinstance(tensor, torch.nn.Parameter):
+                    module.register_parameter(leaf, tensor)
+                else:
+                    module.register_buffer(leaf, tensor)
+            node.target = wanted

@@ -1,0 +1,57 @@
+"""What a failure stems from, where the sweep's own words do not say: read in the model's code, in a line each.
+
+A line stands in place of the error of its step, where there is one: no verdict hangs on it.
+"""
+
+from __future__ import annotations
+
+_LOOP = "trace: the model loops over tokens in Python, which torch.export writes out for one number of them"
+_LIST = "trace: the model lists positions in Python, one by one, which torch.export takes for a fixed number"
+_EXPERTS = "trace: the model loops over the experts that were hit, whose number hangs on data: torch.export takes none"
+_CODEBOOKS = "build: the model reads several codebooks a token, ids [batch · codebooks, tokens], no text's"
+_KEYS = "build: an assistant, which answers only to the keys and values of the model that it drafts for"
+_BLOCKS = "anatomy: a layer reads an attention over earlier states, and the first of a block adds to no stream"
+_IMAGES = "anatomy: convolutions only, no Transformer: "
+
+CAUSES: dict[str, str] = {
+    "bit": f"{_IMAGES}each standardises its weight at every call, so that none meets the data as it is stored",
+    "blt": "trace: the model cuts a text into patches whose number torch.export takes for fixed",
+    "bros": "build: the model asks for the boxes of words on their page (bbox), which no text has",
+    "canine": "trace: the model loops over windows of the text, which torch.export writes out for one number of them",
+    "cpmant": _LIST,
+    "dbrx": _EXPERTS,
+    "deepseek_v4": "anatomy: refused: four residual streams, which a matrix made of the data mixes at every join",
+    "dinat": "build: needs the package natten, which is compiled for a GPU",
+    "efficientnet": f"{_IMAGES}its configuration counts four layers a block",
+    "falcon_mamba": _LOOP,
+    "fsmt": "trace: the model asks the data whether a token is padding, and torch.export takes no branch on data",
+    "funnel": _LIST,
+    "gemma3n": "build: the tower of images needs the package timm",
+    "gemma3n_text": "trace: the model makes a distribution at each call, whose constants torch.export cannot hold",
+    "gemma4_assistant": _KEYS,
+    "gemma4_unified_assistant": _KEYS,
+    "hgnet_v2": f"{_IMAGES}most blocks concatenate what they make, two of its stages add a residual",
+    "hiera": "anatomy: where a stage begins the skip is projected and pooled as well: there is no stream to add to",
+    "ibert": "trace: the model asks the data how they are to be quantised, and torch.export takes no branch on data",
+    "inkling2_loop_text": _BLOCKS,
+    "inkling2_text": _BLOCKS,
+    "jetmoe": "export: the model splits rows by how many each expert has: sizes that hang on data, which ONNX has not",
+    "layoutlmv2": "build: needs the package detectron2",
+    "led": "trace: the model asks the data whether a token attends to all, and torch.export takes no branch on data",
+    "longcat_flash": _EXPERTS,
+    "mamba": _LOOP,
+    "mobilenet_v1": f"{_IMAGES}refused: a chain without one residual",
+    "mra": "anatomy: without its CUDA kernel the model's attention is zeros: there is none to find",
+    "musicgen": _CODEBOOKS,
+    "musicgen_melody": _CODEBOOKS,
+    "nllb-moe": _EXPERTS,
+    "prophetnet": "anatomy: the decoder attends for the next token and for those after it in products of 4 and 5 axes",
+    "siglip2": "build: the model takes patches, a mask over them and their shapes, no image",
+    "switch_transformers": _EXPERTS,
+}
+
+
+def told(family: str, cause: str) -> str:
+    """The cause of a family's failure, read in its code where the step is the one it was read for."""
+    known = CAUSES.get(family, "")
+    return known if known.partition(":")[0] == cause.partition(":")[0] and known else cause

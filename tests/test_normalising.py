@@ -1,0 +1,133 @@
+"""What a model writes in an unusual form is brought into the usual one: found, rewritten, run by ONNX Runtime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from surgeon.anatomy import find
+from surgeon.base import open_base
+from surgeon.module import switchable
+from surgeon.normalising import normalise
+from surgeon.trace import trace
+from sweep.chain import attempt, surgery
+
+D, HEADS = 24, 3
+
+
+def normal(module: nn.Module, *inputs: Tensor) -> fx.GraphModule:
+    exported = torch.export.export(module.train(), inputs, strict=False)
+    unlifted = exported.module(check_guards=False)
+    graph_module = fx.GraphModule(unlifted, unlifted.graph)
+    normalise(graph_module, module)
+    return graph_module
+
+
+def names(graph_module: fx.GraphModule) -> set[str]:
+    return {str(node.target) for node in graph_module.graph.nodes}
+
+
+class Careless(nn.Module):
+    """Writes over what it has, and reads it by another name too where `seen`."""
+
+    def __init__(self, seen: bool) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(x).flatten(1)
+        z = y[:, 1:] if self.seen else x.flatten(1)[:, 1:]
+        y.masked_fill_(y > 1, 0.0)
+        nn.functional.dropout(y, 0.5, training=True, inplace=True)
+        return y.sum() + z.sum()
+
+
+def test_what_is_written_over_is_a_value_of_its_own() -> None:
+    x = torch.randn(3, 4, 5)
+    graph = normal(Careless(seen=False), x)
+    assert names(graph) & {"aten.dropout_.default", "aten.masked_fill_.Scalar"} == set()
+    y = torch.relu(x).flatten(1)
+    wanted = y.where(y <= 1, 0.0).sum() + x.flatten(1)[:, 1:].sum()
+    assert torch.allclose(switchable(graph).eval()(x), wanted)
+
+
+def test_what_another_name_reads_stays_written_over() -> None:
+    x = torch.randn(3, 4, 5)
+    graph = normal(Careless(seen=True), x)
+    assert "aten.masked_fill_.Scalar" in names(graph)
+    torch.manual_seed(1)
+    found = graph(x)
+    torch.manual_seed(1)
+    assert torch.equal(found, Careless(seen=True)(x))
+
+
+class Spelled(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        scores = torch.einsum("bhid,bhjd->bhij", q, k)
+        return (
+            torch.einsum("bhij, bhjd -> bhid", scores, v),
+            torch.einsum("bhid,bhjd->bijh", q, k),  # heads last: no product of matrices
+            q @ k.permute(0, 1, 3, 2),
+            q @ v.transpose(1, 2).permute(0, 2, 3, 1),
+        )
+
+
+def test_products_are_products_and_keys_are_rows() -> None:
+    q, k, v = (torch.randn(2, HEADS, n, 8) for n in (4, 6, 6))
+    graph = normal(Spelled(), q, k, v)
+    einsums = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.einsum.default)
+    assert [n.args[0] for n in einsums] == ["bhid,bhjd->bijh"]
+    rows = [n.args[0] for n in graph.graph.nodes if str(n.target) == "aten.transpose.int"]
+    assert any(n.args[1:] == ([0, 2, 1, 3],) for n in rows)
+    for found, wanted in zip(graph(q, k, v), Spelled()(q, k, v), strict=True):
+        assert torch.allclose(found, wanted, atol=1e-6)
+
+
+class KrausConfig(PretrainedConfig):
+    model_type = "kraus"
+
+
+class Kraus(PreTrainedModel):
+    """Keys laid out as columns, probabilities written over, a batch norm, and numbers in front of integers."""
+
+    config_class = KrausConfig
+
+    def __init__(self, config: KrausConfig) -> None:
+        super().__init__(config)
+        self.words, self.norm = nn.Embedding(90, D), nn.BatchNorm1d(D)
+        self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
+        self.up, self.down, self.out = nn.Linear(D, 2 * D), nn.Linear(2 * D, D), nn.Linear(D, config.num_labels)
+        self.drop = nn.Dropout(0.2, inplace=True)
+        self.loss_type = "ForSequenceClassification"
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.words
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SequenceClassifierOutput:
+        seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        hidden = (1.0 - seen)[:, None, None, :]
+        x = self.norm(self.words(input_ids).transpose(1, 2)).transpose(1, 2)
+        q, k, v = (m(x).view(*x.shape[:2], HEADS, D // HEADS) for m in (self.q, self.k, self.v))
+        weights = torch.softmax(q.transpose(1, 2) @ k.permute(0, 2, 3, 1) - 1e4 * hidden, -1)
+        weights.masked_fill_(hidden > 0, 0.0)
+        mixed = torch.einsum("bhij,bhjd->bhid", weights, v.transpose(1, 2))
+        x = x + self.o(mixed.transpose(1, 2).flatten(2))
+        x = x + self.down(torch.relu(self.up(x)))
+        return SequenceClassifierOutput(logits=self.out(self.drop((x * seen.unsqueeze(-1)).sum(1))))
+
+
+def test_a_model_of_all_these_goes_the_whole_way() -> None:
+    torch.manual_seed(0)
+    model: Any = Kraus(KrausConfig(num_labels=3, pad_token_id=0)).eval()
+    model.norm.running_mean.normal_(), model.norm.running_var.uniform_(0.5, 2.0)
+    graph_module = trace(model)
+    anatomy = find(graph_module)
+    items = surgery(anatomy)
+    assert [(a.heads, a.head_dim) for a in anatomy.attentions] == [(HEADS, D // HEADS)]
+    assert set(items) == {"lora", "bitfit", "adapter", "prefix"}
+    assert attempt(open_base(model), graph_module, list(items.values())) == "ok"
