@@ -52,7 +52,9 @@ def copied(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
     graph._codegen = graph_module.graph._codegen
-    return fx.GraphModule(graph_module, graph)
+    copy = fx.GraphModule(graph_module, graph)
+    copy.meta.update(graph_module.meta)
+    return copy
 
 
 def switchable(graph_module: fx.GraphModule) -> fx.GraphModule:

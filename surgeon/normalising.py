@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from surgeon.errors import TraceError
+
 aten = torch.ops.aten
 
 APART = {
@@ -29,6 +31,7 @@ def normalise(graph_module: fx.GraphModule, model: torch.nn.Module) -> None:
         ):
             graph_module.graph.erase_node(node)
     _inline_grad_blocks(graph_module)
+    _refuse_transforms(graph_module)
     _write_apart(graph_module.graph)
     _products(graph_module.graph)
     _rows_before_columns(graph_module.graph)
@@ -55,6 +58,17 @@ def _inline_grad_blocks(graph_module: fx.GraphModule) -> None:
             user.replace_all_uses_with(outputs[user.args[1]])
             graph_module.graph.erase_node(user)
         graph_module.graph.erase_node(node)
+
+
+def _refuse_transforms(graph_module: fx.GraphModule) -> None:
+    """Raise TraceError where the exporter left a transform of functions in the graph, which no operator stands for."""
+    for node in graph_module.graph.nodes:
+        if "torch._functorch" in str(getattr(node.target, "__module__", "")):
+            raise TraceError(
+                f"torch.export leaves a vmap in its graph, by {node.target.__name__}: no operator stands for it",
+                where=str(node),
+                try_="a model that makes its masks without torch.vmap",
+            )
 
 
 def _write_apart(graph: fx.Graph) -> None:

@@ -51,7 +51,7 @@ def counts(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[str]:
     if total is None:
         return
     main = [s for s in anatomy.layers if s in {"encoder", "decoder"}]
-    told = [_counted(anatomy, stacks, total) for stacks in ([*anatomy.layers], main)]
+    told = [_counted(anatomy, stacks, total, max(len(stages or ()) - 1, 0)) for stacks in ([*anatomy.layers], main)]
     crossing = len({(j.stack, j.skip) for j in anatomy.joins if j.role == "residual.cross_attention"})
     if crossed is not None and crossing != crossed:
         yield f"{crossing} cross-attentions in {crossed} decoder layers"
@@ -64,8 +64,8 @@ def counts(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[str]:
         yield f"layers by stack are {anatomy.layers}, by configuration {total}"
 
 
-def _counted(anatomy: Anatomy, stacks: Sequence[str], total: int) -> str | None:
-    """What is wrong with the number of sublayers in some stacks."""
+def _counted(anatomy: Anatomy, stacks: Sequence[str], total: int, between: int) -> str | None:
+    """What is wrong with the number of sublayers in some stacks; one may feed forward `between` stages as well."""
     found = {
         kind: {(j.stack, j.skip) for j in anatomy.joins if j.role == f"residual.{kind}" and j.stack in stacks}
         for kind in KINDS
@@ -74,7 +74,7 @@ def _counted(anatomy: Anatomy, stacks: Sequence[str], total: int) -> str | None:
     attending, feeding = (len(found[kind] & inside) for kind in ("attention", "ffn"))
     mixing = len((found["attention"] | found["mixer"]) & inside)
     each = mixing == total or (attending == total and mixing % total == 0)
-    if (each and feeding % total == 0) or mixing + feeding == total:
+    if (each and (feeding % total == 0 or feeding == total + between)) or mixing + feeding == total:
         return None
     return f"{mixing} mixing and {feeding} feed-forward sublayers in {total} layers"
 
