@@ -28,7 +28,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes beside each other")
     parser.add_argument("--seconds", type=int, default=120, help="of processor time a case")
     parser.add_argument("--gigabytes", type=float, default=6.0, help="of memory a case")
-    parser.add_argument("--out", type=Path, default=Path(".cache/architectures.jsonl"), help="where results are kept")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(".cache/architectures.jsonl"),
+        help="where results are kept; the page is of those kept by default",
+    )
     args = parser.parse_args()
     every = cases()
     wanted = [c for c in every if not args.families or c.family in args.families]
@@ -40,7 +45,7 @@ def main() -> None:
     chain(Case("bert", "masked-lm"), {}, [Sizes(layers=1)])  # loads all that a case needs, before processes are forked
     work = reading if args.read else chain
     run(wanted, work, args.out, jobs=args.jobs, limits=Limits(args.seconds, args.gigabytes), code=code)
-    if not args.read:
+    if not args.read and args.out == parser.get_default("out"):
         PAGE.write_text(page(results(args.out), every), encoding="utf-8")
 
 
