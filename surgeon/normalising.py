@@ -101,11 +101,11 @@ def _aliases(node: fx.Node) -> bool:
 
 
 def _products(graph: fx.Graph) -> None:
-    """Let an `einsum` that is a product of matrices, with the same axes in front of both, be a `matmul`."""
+    """Let an `einsum` that is a product of matrices be a `matmul`, with no more axes in front than batch and heads."""
     for node in graph.find_nodes(op="call_function", target=aten.einsum.default):
         spelled = MATRICES.fullmatch(node.args[0].replace(" ", ""))
         axes = "".join(filter(None, spelled.groups())) if spelled else ""
-        if not spelled or len(set(axes)) < len(axes):
+        if not spelled or len(spelled[1]) > 2 or len(set(axes)) < len(axes):
             continue
         left, right = node.args[1]
         with graph.inserting_before(node):

@@ -40,12 +40,22 @@ READ: dict[str, HeadName] = {
     "qwen3": "causal-lm",  # norms of queries and keys
 }
 assert len(WHOLE | READ) == 20
+MENDED: dict[str, HeadName] = {
+    "deepseek_v32": "causal-lm",  # an index of the tokens to attend to
+    "minimax": "causal-lm",  # chunks in a loop
+    "mobilevit": "image-classification",  # keys of a number known, batch norms, dropout that writes over
+    "openai-gpt": "causal-lm",  # keys laid out as columns
+    "t5gemma": "seq2seq-lm",  # a configuration for each side
+    "xlnet": "causal-lm",  # numbers in front of integers
+}
 
 
-@pytest.mark.parametrize("family", [*WHOLE, *(pytest.param(family, marks=pytest.mark.sweep) for family in READ)])
+@pytest.mark.parametrize(
+    "family", [*WHOLE, *(pytest.param(family, marks=pytest.mark.sweep) for family in READ | MENDED)]
+)
 def test_a_family_goes_the_whole_way(family: str) -> None:
     notes: dict[str, Any] = {}
-    chain(Case(family, (WHOLE | READ)[family]), notes, ONE_LAYER)
+    chain(Case(family, (WHOLE | READ | MENDED)[family]), notes, ONE_LAYER)
     assert notes.get("cause") is None
     assert set(notes["techniques"].values()) <= {"ok", "none"}
     assert notes["export"] == "ok"
