@@ -12,7 +12,7 @@ import pytest
 from surgeon.spec import HeadName
 from sweep.cases import Case
 from sweep.chain import chain, read
-from sweep.shrinking import Sizes
+from sweep.shrinking import LADDER, Sizes
 
 ONE_LAYER = [Sizes(layers=1)]
 WHOLE: dict[str, HeadName] = {
@@ -42,11 +42,11 @@ READ: dict[str, HeadName] = {
 assert len(WHOLE | READ) == 20
 MENDED: dict[str, HeadName] = {
     "deepseek_v32": "causal-lm",  # an index of the tokens to attend to
-    "minimax": "causal-lm",  # chunks in a loop
+    "minimax": "sequence-classification",  # chunks in a loop
     "mobilevit": "image-classification",  # keys of a number known, batch norms, dropout that writes over
-    "openai-gpt": "causal-lm",  # keys laid out as columns
+    "openai-gpt": "sequence-classification",  # keys laid out as columns
     "t5gemma": "seq2seq-lm",  # a configuration for each side
-    "xlnet": "causal-lm",  # numbers in front of integers
+    "xlnet": "sequence-classification",  # numbers in front of integers
 }
 
 
@@ -55,7 +55,7 @@ MENDED: dict[str, HeadName] = {
 )
 def test_a_family_goes_the_whole_way(family: str) -> None:
     notes: dict[str, Any] = {}
-    chain(Case(family, (WHOLE | READ | MENDED)[family]), notes, ONE_LAYER)
+    chain(Case(family, (WHOLE | READ | MENDED)[family]), notes, LADDER if family in MENDED else ONE_LAYER)
     assert notes.get("cause") is None
     assert set(notes["techniques"].values()) <= {"ok", "none"}
     assert notes["export"] == "ok"
