@@ -63,7 +63,6 @@ def base(case: Case, ladder: Sequence[Sizes] = LADDER) -> PreTrainedModel:
     for sizes in ladder:
         try:
             model = _build(case, tiny(case.family, sizes))
-            _measure(model)
             _runs(model)
         except Exception as error:
             first = first or error
@@ -90,24 +89,6 @@ def _build(case: Case, config: PretrainedConfig) -> PreTrainedModel:
                     parameter.add_(0.05 * torch.randn_like(parameter))
     assert isinstance(model, PreTrainedModel)
     return model.eval()
-
-
-def _measure(model: PreTrainedModel) -> None:
-    """Let batch norms know what they norm: by the statistics of no data little is left of a sublayer behind some.
-
-    What hardly varies is not made to, for it is rounding.
-    """
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    if not norms:
-        return
-    usual = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.train().momentum = 1.0
-    _runs(model)
-    for norm, momentum in zip(norms, usual, strict=True):
-        norm.eval().momentum = momentum
-        if norm.running_var is not None:
-            norm.running_var.clamp_(min=0.01)
 
 
 def _runs(model: PreTrainedModel) -> None:

@@ -107,9 +107,8 @@ def _all(query: Tensor, key: Tensor, live: Tensor) -> Tensor:
 
 
 def _closed(scores: Tensor, live: Tensor) -> Tensor:
-    columns = live.shape[-1]  # how many there are in all is not in the graph where an image has a size
     front = ((1 - live) * torch.finfo(scores.dtype).min).to(scores.dtype)
-    return torch.cat([scores[..., :columns] + front, scores[..., columns:]], -1)
+    return scores + torch.nn.functional.pad(front, (0, scores.shape[-1] - live.shape[-1]))
 
 
 def _open_spelled_out(program: Program, site: Attention, live: fx.Node, extend: Extend) -> None:

@@ -43,7 +43,6 @@ assert len(WHOLE | READ) == 20
 MENDED: dict[str, HeadName] = {
     "deepseek_v32": "causal-lm",  # an index of the tokens to attend to
     "minimax": "sequence-classification",  # chunks in a loop
-    "mobilevit": "image-classification",  # keys of a number known, batch norms, dropout that writes over
     "openai-gpt": "sequence-classification",  # keys laid out as columns
     "t5gemma": "seq2seq-lm",  # a configuration for each side
     "xlnet": "sequence-classification",  # numbers in front of integers
