@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,6 @@ APART = {
     aten.masked_fill_.Tensor: aten.masked_fill.Tensor,
 }
 """Operators that write over their operand, and those that give a value of their own."""
-MATRICES = re.compile(r"(\w*)(\w)(\w),\1(?:\3(\w)|(\w)\3)->\1\2(?:\4|\5)")
 
 
 def normalise(graph_module: fx.GraphModule, model: torch.nn.Module) -> None:
@@ -33,7 +31,6 @@ def normalise(graph_module: fx.GraphModule, model: torch.nn.Module) -> None:
     _inline_grad_blocks(graph_module)
     _refuse_transforms(graph_module)
     _write_apart(graph_module.graph)
-    _products(graph_module.graph)
     _rows_before_columns(graph_module.graph)
     _canonical_names(graph_module, _checkpoint_names(model))
     graph_module.graph.eliminate_dead_code()
@@ -98,25 +95,6 @@ def _aliases(node: fx.Node) -> bool:
     """Whether a value is (or may be) another's memory: a view, an input, a weight, or what was written in place."""
     schema = getattr(node.target, "_schema", None)
     return schema is None or any(r.alias_info for r in schema.returns)
-
-
-def _products(graph: fx.Graph) -> None:
-    """Let an `einsum` that is a product of matrices be a `matmul`, with no more axes in front than batch and heads."""
-    for node in graph.find_nodes(op="call_function", target=aten.einsum.default):
-        spelled = MATRICES.fullmatch(node.args[0].replace(" ", ""))
-        axes = "".join(filter(None, spelled.groups())) if spelled else ""
-        if not spelled or len(spelled[1]) > 2 or len(set(axes)) < len(axes):
-            continue
-        left, right = node.args[1]
-        with graph.inserting_before(node):
-            if spelled[5]:
-                value = right.meta["val"].transpose(-1, -2)
-                right = graph.call_function(aten.transpose.int, (right, -1, -2))
-                right.meta = {**node.meta, "val": value}
-            product = graph.call_function(aten.matmul.default, (left, right))
-        product.meta = dict(node.meta)
-        node.replace_all_uses_with(product)
-        graph.erase_node(node)
 
 
 def _rows_before_columns(graph: fx.Graph) -> None:
