@@ -51,6 +51,9 @@ TECHNIQUES: dict[str, list[dict[str, Any]]] = {
     "p_tuning": [{"p_tuning": {"template": "[P]*3 {text}"}}],
 }
 
+FAINT = ("vera", "ia3", "norm_tuning", "drop")
+"""Moved further, for all of their tasks to write something else."""
+
 
 def test_no_technique_is_left_out() -> None:
     assert {next(iter(step)) for surgery in TECHNIQUES.values() for step in surgery} == set(names())
@@ -67,7 +70,7 @@ def test_greedy_tokens_are_those_of_generate(
         with pytest.raises(SelectorError, match="no selected site has a bias"):
             lab.writers(base, TECHNIQUES[technique])
         return
-    made = lab.writers(base, TECHNIQUES[technique])
+    made = lab.writers(base, TECHNIQUES[technique], by=1.0 if technique in FAINT else 0.2)
     plain = served_base(lab, made, base)
     # Behind the first token of a text of one, a prompt is what the text goes on from: the whole pass answers otherwise.
     given, known = lab.prompts((5, 2 if technique == "prompt_after" else 1, 9)), {}
