@@ -1,7 +1,8 @@
 """Head: a classifier of the task's own, in place of the base's.
 
 logits = h·W + b      W [d, labels], b [labels]; the number of labels is free per task, but of a head that answers
-                      questions: its two columns are the start and the end of a span
+                      questions: its two columns are the start and the end of a span; and of one whose logits the base
+                      adds a tensor of its own to (BART's vocabulary)
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
-from torch import Tensor
+from torch import Tensor, fx
 
 from surgeon.anatomy import Projection, Where, select, selectors
 from surgeon.errors import SelectorError, SpecError
@@ -50,22 +51,28 @@ class Head(Pass):
 
     def _replace(self, program: Program, site: Projection) -> None:
         d, labels = site.in_features, self.labels or site.out_features
-        spans = program.head == "question-answering"
-        if spans and labels != site.out_features:
-            raise SpecError("head.labels: a span is a start and an end, not classes", try_="leave `labels` out")
+        spans, added = program.head == "question-answering", _added(site)
+        fixed = spans or added is not None
+        if fixed and labels != site.out_features:
+            why = (
+                "a span is a start and an end, not classes"
+                if spans
+                else f"the base adds '{added}' to its own {site.out_features}"
+            )
+            raise SpecError(f"head.labels: {why}", try_="leave `labels` out")
         base = program.tensor(site.weight)
         weight = program.delta(
             site,
             "head.weight",
             (d, labels),
             normal(self.std),
-            free={} if spans else {1: "=labels"},
+            free={} if fixed else {1: "=labels"},
             default=base if site.in_first else base.T,
             rate=self.rate,
             optional=True,
         )
         base_bias = program.tensor(site.bias) if site.bias else torch.zeros(site.out_features, dtype=base.dtype)
-        free = {} if spans else {0: "=labels"}
+        free = {} if fixed else {0: "=labels"}
         bias = program.delta(
             site, "head.bias", (labels,), zeros, free=free, default=base_bias, rate=self.rate, optional=True
         )
@@ -80,3 +87,9 @@ class Head(Pass):
             for part, name in (("weight", site.weight), ("bias", site.bias)):
                 if name is not None:
                     program.take_over(site, part, name, rate=self.rate, optional=True)
+
+
+def _added(site: Projection) -> fx.Node | None:
+    """What the base adds to the answers with a number for each of its own labels."""
+    operands = (n for user in site.output.users for n in user.all_input_nodes if n is not site.output)
+    return next((n for n in operands if n.meta["val"].shape[-1:] == (site.out_features,)), None)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+
+from surgeon.errors import SpecError
 
 TASKS = {"two": {"labels": ["no", "yes"]}, "five": {"labels": 5}}
 
@@ -102,3 +105,11 @@ def test_heads_of_other_places_answer_per_token_and_per_span(lab):
     assert output.start_logits.shape == output.end_logits.shape == (2, 7)
     output.loss.backward()
     assert all(p.grad is not None for p in answer.parameters() if p.requires_grad)
+
+
+def test_a_head_that_the_base_adds_a_tensor_of_its_own_to_keeps_its_labels(lab):
+    """BART adds a number for each word of its vocabulary."""
+    base = lab.base("bart", "seq2seq-lm")
+    with pytest.raises(SpecError, match=r"head.labels: the base adds '\w+' to its own 100"):
+        lab.operate(base, {"head": {"labels": 3}})
+    assert {len(d.free) for d in lab.operate(base, {"head": {}}).program.ledger.deltas.values()} == {0}
