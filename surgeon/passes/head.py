@@ -91,5 +91,7 @@ class Head(Pass):
 
 def _added(site: Projection) -> fx.Node | None:
     """What the base adds to the answers with a number for each of its own labels."""
-    operands = (n for user in site.output.users for n in user.all_input_nodes if n is not site.output)
-    return next((n for n in operands if n.meta["val"].shape[-1:] == (site.out_features,)), None)
+    sums = [user for user in site.output.users if user.target is torch.ops.aten.add.Tensor]
+    operands = [n for user in sums for n in user.all_input_nodes if n is not site.output]
+    sizes = {n: value.shape[-1] for n in operands if isinstance(value := n.meta["val"], Tensor) and value.dim()}
+    return next((n for n, size in sizes.items() if isinstance(size, int) and size == site.out_features), None)
