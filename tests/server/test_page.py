@@ -148,6 +148,26 @@ def test_the_page_finds_tasks_and_follows_their_changes(
     assert "there is no task 't2-new'" in rows(browser, "#answers")[0][1]
 
 
+def test_a_late_answer_to_an_earlier_search_is_not_shown(live: Live, browser: Browser) -> None:
+    browser.open(f"http://{live.url}/")
+    browser.wait("document.querySelectorAll('#tasks tbody tr').length === 9")
+    browser.run("""
+        const real = window.fetch;
+        window.late = 0;
+        window.fetch = async (url) => {
+            const answer = await real(url);
+            if (!url.endsWith("=T")) return answer;
+            await new Promise((done) => setTimeout(done, 500));
+            window.late += 1;
+            return answer;
+        };
+    """)
+    browser.type("#search", "T2")
+    browser.wait("window.late === 1")
+    time.sleep(0.2)  # for the page to draw it, if it did
+    assert [row[1] for row in rows(browser, "#tasks")] == ["base (no task)", "t2"]
+
+
 def test_everything_the_page_needs_comes_from_this_server(live: Live) -> None:
     for path, kind in (("/", "text/html"), ("/page.js", "text/javascript"), ("/page.css", "text/css")):
         reply = live.call("GET", path)

@@ -2,6 +2,7 @@
 const at = (id) => document.getElementById(id);
 const chosen = new Set();
 let state = null;
+let asked = 0, drawn = 0;
 
 function row(cells) {
   const line = document.createElement("tr");
@@ -64,16 +65,20 @@ function draw() {
 }
 
 async function refresh() {
+  const turn = ++asked;
+  let found = null, fault = "";
   try {
     const answer = await fetch(`status?search=${encodeURIComponent(at("search").value)}`);
     if (!answer.ok) throw new Error(`status ${answer.status}`);
-    state = await answer.json();
-    at("fault").hidden = true;
-    draw();
+    found = await answer.json();
   } catch (error) {
-    at("fault").textContent = `the server does not answer: ${error.message}`;
-    at("fault").hidden = false;
+    fault = `the server does not answer: ${error.message}`;
   }
+  if (turn < drawn) return; // a later question was answered first
+  drawn = turn;
+  at("fault").textContent = fault;
+  at("fault").hidden = !fault;
+  if (found) { state = found; draw(); }
 }
 
 async function post(path, body) {
