@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
 
 from surgeon.program import Program
 
+Symbols = dict[sympy.Symbol, sympy.Symbol]
+"""A trace's own, and what they are called in the text."""
 TYPES = {
     torch.float32: "f32",
     torch.float16: "f16",
@@ -24,11 +27,11 @@ TYPES = {
 
 def graph_text(program: Program, *, only_new: bool = False) -> str:
     """One line a node: `%name = op(args) : type[shape]  # technique @ line`; `only_new` keeps what passes made."""
-    symbols: dict[str, str] = {}
+    symbols: Symbols = {}
     return "\n".join(line for node, line in _lines(program, symbols) if not only_new or node.meta.get("surgeon")) + "\n"
 
 
-def _lines(program: Program, symbols: dict[str, str]) -> Iterator[tuple[fx.Node, str]]:
+def _lines(program: Program, symbols: Symbols) -> Iterator[tuple[fx.Node, str]]:
     for node in program.graph.nodes:
         author = node.meta.get("surgeon")
         comment = f"  # {author[0]}" if author else ""
@@ -43,7 +46,7 @@ def _lines(program: Program, symbols: dict[str, str]) -> Iterator[tuple[fx.Node,
             yield node, f"%{node.name} = {node.target}({arguments}){_shape(node, symbols)}{comment}"
 
 
-def _text(argument: object, symbols: dict[str, str]) -> str:
+def _text(argument: object, symbols: Symbols) -> str:
     if isinstance(argument, fx.Node):
         return f"%{argument.name}"
     if isinstance(argument, list | tuple):
@@ -53,18 +56,18 @@ def _text(argument: object, symbols: dict[str, str]) -> str:
     return str(argument)
 
 
-def _shape(node: fx.Node, symbols: dict[str, str]) -> str:
+def _shape(node: fx.Node, symbols: Symbols) -> str:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return ""
     return f" : {TYPES.get(value.dtype, str(value.dtype))}[{', '.join(_size(s, symbols) for s in value.shape)}]"
 
 
-def _size(size: int | torch.SymInt, symbols: dict[str, str]) -> str:
+def _size(size: int | torch.SymInt, symbols: Symbols) -> str:
     """A plain number, or the symbols renamed in order of appearance: their own numbers depend on the run."""
     if isinstance(size, int):
         return str(size)
     expression = size.node.expr
     for symbol in sorted(expression.free_symbols, key=str):
-        symbols.setdefault(str(symbol), f"n{len(symbols)}")
-    return str(expression.subs({s: symbols[str(s)] for s in expression.free_symbols}))
+        symbols.setdefault(symbol, sympy.Symbol(f"n{len(symbols)}"))
+    return str(expression.xreplace(symbols))

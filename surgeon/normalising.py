@@ -12,13 +12,6 @@ from surgeon.errors import TraceError
 
 aten = torch.ops.aten
 
-APART = {
-    aten.dropout_.default: aten.dropout.default,
-    aten.masked_fill_.Scalar: aten.masked_fill.Scalar,
-    aten.masked_fill_.Tensor: aten.masked_fill.Tensor,
-}
-"""Operators that write over their operand, and those that give a value of their own."""
-
 
 def normalise(graph_module: fx.GraphModule, model: torch.nn.Module) -> None:
     """Bring a fresh trace into the one form that anatomy and passes read."""
@@ -70,16 +63,32 @@ def _refuse_transforms(graph_module: fx.GraphModule) -> None:
 
 def _write_apart(graph: fx.Graph) -> None:
     """Let what writes over a value that nobody has by another name give a value of its own, for all later readers."""
-    for node in [n for n in graph.nodes if n.target in APART]:
+    for node in list(graph.nodes):
+        target = _functional(node.target)
+        if target is None:
+            continue
         operand = node.args[0]
         if not _alone(operand) or any(_aliases(user) for user in operand.users if user < node):
             continue
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        if target(*args, **kwargs).dtype != operand.meta["val"].dtype:  # written over, it would be rounded
+            continue
         with graph.inserting_before(node):
-            apart = graph.call_function(APART[node.target], node.args, node.kwargs)
+            apart = graph.call_function(target, node.args, node.kwargs)
         apart.meta = dict(node.meta)
         operand.replace_all_uses_with(apart, lambda user, at=node: at < user)
         node.replace_all_uses_with(apart)
         graph.erase_node(node)
+
+
+def _functional(target: Any) -> Any:
+    """Of an operator that writes over its first operand, the one that gives a value of its own; else None."""
+    schema: Any = getattr(target, "_schema", None)
+    written = [] if schema is None else [argument.is_write for argument in schema.arguments]
+    if not any(written) or any(written[1:]) or not schema.name.endswith("_"):
+        return None
+    packet = getattr(aten, schema.name.removeprefix("aten::")[:-1], None)
+    return getattr(packet, schema.overload_name or "default", None)
 
 
 def _alone(node: fx.Node) -> bool:

@@ -33,18 +33,12 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
 from surgeon.errors import TraceError
+from surgeon.exporters.settled import CASTS, IDLE, Settled
 from surgeon.inputs import sizes_of
 from surgeon.program import Program
 
 aten = torch.ops.aten
 
-CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default)
-IDLE = (
-    *CASTS,
-    aten.reshape.default,
-    aten.view.default,
-    aten.expand.default,
-)
 NUMBER_FIRST = (aten.rsub.Scalar, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
 SYNONYMS = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
@@ -83,31 +77,6 @@ def exported(program: Program, graph_module: fx.GraphModule, outputs: Collection
         [ModuleCallEntry("", call)],
         verifiers=[TrainingIRVerifier],
     )
-
-
-class Settled(ExportedProgram):
-    """A program that is decomposed only where an operator of it has to be: retracing it all takes half of a compile."""
-
-    def run_decompositions(
-        self, decomp_table: Any = None, decompose_custom_triton_ops: bool = False
-    ) -> ExportedProgram:
-        """This program itself, or the decomposed one."""
-        if any(_unsettled(node, decomp_table or {}) for node in self.graph.nodes):
-            decomposed: ExportedProgram = super().run_decompositions(decomp_table, decompose_custom_triton_ops)
-            return decomposed
-        return self
-
-
-def _unsettled(node: fx.Node, table: Any) -> bool:
-    """Whether no ONNX operator stands for the node: it has a decomposition, writes in place, or holds a subgraph."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.op == "get_attr"
-    schema = node.target._schema
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(str(node.target._name), "CompositeImplicitAutograd")
-    view = composite and any(
-        argument.alias_info for argument in schema.arguments
-    )  # in no table; `flatten` fails on size 0
-    return node.target in table or schema.is_mutable or (view and node.target not in IDLE)
 
 
 class _Writer:

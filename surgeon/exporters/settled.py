@@ -1,0 +1,81 @@
+"""An `ExportedProgram` that is decomposed where an operator of it has to be, and nowhere else.
+
+Retracing a whole program, as torch does, takes as long as the rest of its conversion. Of most bases only a few nodes
+have no operator of ONNX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
+
+aten = torch.ops.aten
+
+CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default)
+IDLE = (
+    *CASTS,
+    aten.reshape.default,
+    aten.view.default,
+    aten.expand.default,
+)
+"""Operators that may do nothing: where they do something, ONNX has them."""
+
+
+class Settled(ExportedProgram):
+    """A program whose other nodes stay as they are when some are decomposed."""
+
+    def run_decompositions(
+        self, decomp_table: Any = None, decompose_custom_triton_ops: bool = False
+    ) -> ExportedProgram:
+        """This program itself, its nodes decomposed in place; a new one where that takes more than a node alone."""
+        table = decomp_table or {}
+        nodes = [node for node in self.graph.nodes if _unsettled(node, table)]
+        if any(node.op == "get_attr" or node.target._schema.is_mutable for node in nodes):
+            decomposed: ExportedProgram = super().run_decompositions(decomp_table, decompose_custom_triton_ops)
+            return decomposed
+        for node in nodes:
+            _decompose(node, table)
+        for spec, node in zip(self.graph_signature.output_specs, self.graph.output_node().args[0], strict=True):
+            spec.arg.name = node.name
+        return self
+
+
+def _unsettled(node: fx.Node, table: Mapping[Any, Any]) -> bool:
+    """Whether no ONNX operator stands for the node: it has a decomposition, writes in place, or holds a subgraph."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.op == "get_attr"
+    schema = node.target._schema
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(str(node.target._name), "CompositeImplicitAutograd")
+    view = composite and any(
+        argument.alias_info for argument in schema.arguments
+    )  # in no table; `flatten` fails on size 0
+    return node.target in table or schema.is_mutable or (view and node.target not in IDLE)
+
+
+def _decompose(node: fx.Node, table: Mapping[Any, Any]) -> None:
+    """Put in a node's place what it is made of."""
+    operands = node.all_input_nodes
+
+    def alone(*values: Any) -> Any:
+        given = dict(zip(operands, values, strict=True))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    body = make_fx(alone, decomposition_table=table)(*(n.meta["val"] for n in operands))
+    env = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
+    graph = node.graph
+    with graph.inserting_before(node):
+        found: Any = graph.graph_copy(body.graph, env)
+    if isinstance(found, fx.Node):
+        node.replace_all_uses_with(found)
+    else:  # each of several results has its reader
+        for reader in list(node.users):
+            at: Any = reader.args[1]
+            reader.replace_all_uses_with(found[at])
+            graph.erase_node(reader)
+    graph.erase_node(node)

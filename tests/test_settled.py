@@ -1,0 +1,74 @@
+"""A program is decomposed where ONNX has no operator for a node, and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.onnx._internal.exporter import _decomp, _registration
+
+from surgeon.exporters.onnx import quiet
+from surgeon.exporters.settled import Settled
+
+TABLE: Any = _decomp.create_onnx_friendly_decomposition_table(
+    set(_decomp.get_onnx_implemented_overloads(_registration.ONNXRegistry.from_torchlib()))
+)
+
+
+class Several(nn.Module):
+    """Nodes with no operator of ONNX: of one result and of two, by a free size, and one that is itself an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = 1.0 - self.proj(x).narrow(1, 0, x.shape[1] - 1)
+        first, second = torch.aminmax(y, dim=-1)
+        return first + second, y.flatten(1)
+
+
+class Written(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.clone()
+        y[:, 0].add_(1.0)
+        return y
+
+
+def settled(module: nn.Module, x: Tensor) -> Settled:
+    dims = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    made = torch.export.export(module, (x,), dynamic_shapes=(dims,), strict=False)
+    parts = made.graph_signature, made.state_dict, made.range_constraints, made.module_call_graph
+    return Settled(made.graph_module, made.graph, *parts, constants=made.constants, verifiers=made.verifiers)
+
+
+def answers(program: ExportedProgram, x: Tensor) -> Any:
+    program.graph_module.recompile()
+    return program.module(check_guards=False)(x)
+
+
+def test_only_nodes_that_have_no_operator_are_decomposed() -> None:
+    module, x, other = Several().eval(), torch.randn(2, 5, 6), torch.randn(3, 9, 6)
+    program = settled(module, x)
+    before = {str(node.target) for node in program.graph.nodes}
+    assert {"aten.narrow.default", "aten.rsub.Scalar", "aten.aminmax.default", "aten.flatten.using_ints"} <= before
+    kept = next(node for node in program.graph.nodes if node.target == torch.ops.aten.linear.default)
+    done = program.run_decompositions(TABLE)
+    assert done is program
+    assert kept in done.graph.nodes
+    assert not {node.target for node in done.graph.nodes} & TABLE.keys()
+    for given in (x, other):
+        for found, wanted in zip(answers(done, given), module(given), strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_a_program_that_writes_in_place_is_retraced_whole() -> None:
+    x = torch.randn(2, 5)
+    program = settled(Written(), x)
+    with quiet():
+        done = program.run_decompositions(TABLE)
+    assert done is not program
+    assert not any(node.target == torch.ops.aten.add_.Tensor for node in done.graph.nodes)
+    assert torch.equal(answers(done, x), Written()(x))
