@@ -40,8 +40,11 @@ VARIANTS = {
     "rounded blocks": ("ours", "base-rounded", "task"),
     "NF4": ("ours", "nf4", "task"),
     "PEFT": ("peft", "", ""),
+    "small pages": ("ours", "float32", "task"),
 }
 """What writes, with which build, as which task."""
+HUGE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""Weights in huge pages, for all but one. A token reads them all, and where a process has its small pages is luck."""
 console = Console()
 
 
@@ -140,7 +143,8 @@ def measure(
 
 def start(name: str, builds: Path) -> subprocess.Popen[str]:
     """The process of a variant, as soon as it is ready."""
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
+    pages = {} if name == "small pages" else HUGE
+    environment = {**os.environ, **pages, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(THREADS)}
     kind, build, task = VARIANTS[name]
     command = [sys.executable, "-m", "benchmarks.generation_one", kind, str(builds / build), task, str(THREADS)]
     worker = subprocess.Popen(
@@ -170,7 +174,7 @@ def speeds(times: dict[str, dict[str, list[float]]]) -> Section:
         "Milliseconds: of a prompt of 256 tokens, and of a token (of 8 rows: of a step) after a prompt of 16 tokens, "
         "or of 600. LoRA r=16 on query and value; *task* and *genai* run the same build, *plain* is the base's build "
         "without surgery, *exact blocks* and *rounded blocks* hold the file's Q4_1 and Q8_0 (`export.weights` `copy` "
-        "and `base-rounded`), PEFT is `generate` in PyTorch."
+        "and `base-rounded`), PEFT is `generate` in PyTorch; *small pages* is *task* in memory of small pages."
     )
     return Section("Speed", text, ("work", *names), tuple(rows))
 
@@ -183,6 +187,7 @@ def ratios(times: dict[str, dict[str, list[float]]]) -> Section:
         ("PEFT", "task"),
         ("PEFT", "exact blocks"),
         ("PEFT", "rounded blocks"),
+        ("small pages", "task"),
     ]
     pairs = [(a, b) for a, b in pairs if a in times[WORK[0]] and b in times[WORK[0]]]
     rows = [
@@ -214,7 +219,8 @@ def page(sections: Sequence[Section], seconds: float) -> str:
     return (
         "# Benchmarks of generation\n\nWritten by `make bench-generation`: SmolLM2-135M-Instruct from its 4-bit GGUF "
         "file, greedy, every variant in a process of its own, in turns.\n\n"
-        f"Machine: {machine(*TOOLS, *genai)}. The measuring took {seconds / 60:.0f} minutes.\n"
+        f"Machine: {machine(*TOOLS, *genai)}. Every process but that of *small pages* has its weights in huge ones "
+        f"(`GLIBC_TUNABLES={HUGE['GLIBC_TUNABLES']}`). The measuring took {seconds / 60:.0f} minutes.\n"
     ) + "".join(f"\n{section.markdown()}" for section in sections)
 
 

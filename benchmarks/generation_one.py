@@ -2,34 +2,47 @@
 
     python -m benchmarks.generation_one KIND BUILD TASK THREADS
 
-Decoding is the time of a text less that of its first token, by the tokens between.
+Decoding is the median time from a token to the next.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-Write = Callable[[Sequence[list[int]], int], int]
-"""Writes after prompts so many tokens a row; returns how many came in the longest."""
+Write = Callable[[Sequence[list[int]], int], list[float]]
+"""Writes after prompts so many tokens a row; returns when each came."""
 PROMPT, LONG, TEXT = 16, 600, 256
-STEPS, FEW = 32, 12
+STEPS = 24
 
 
 def ours(build: str, task: str, threads: int) -> tuple[Write, Callable[[int], None]]:
     from surgeon.runtime import Session
+    from surgeon.runtime.generation import decoding
 
+    came: list[float] = []
+
+    class Stamped(decoding.Decoder):
+        def step(self, *given: Any) -> Any:
+            found = super().step(*given)
+            came.append(time.perf_counter())
+            return found
+
+    decoding.Decoder = Stamped  # type: ignore[misc]
     session = Session(build, threads=threads, verify=False)
 
-    def write(prompts: Sequence[list[int]], count: int) -> int:
-        rows = session.generate(prompts, task or None, max_new_tokens=count, batch=len(prompts))
-        return max(len(row.tokens) for row in rows)
+    def write(prompts: Sequence[list[int]], count: int) -> list[float]:
+        came.clear()
+        session.generate(prompts, task or None, max_new_tokens=count, batch=len(prompts))
+        return came[len(prompts) - 1 :]  # prompts are read one by one
 
     def load(tasks: int) -> None:
         for i in range(len(session.tasks), tasks if task else 0):
@@ -49,16 +62,18 @@ def genai(build: str, task: str, threads: int) -> tuple[Write, Callable[[int], N
     adapters = og.Adapters(model)
     adapters.load(str(next((Path(build) / "tasks").glob("*.onnx_adapter"))), task)
 
-    def write(prompts: Sequence[list[int]], count: int) -> int:
+    def write(prompts: Sequence[list[int]], count: int) -> list[float]:
         options = og.GeneratorParams(model)
         length = len(prompts[0]) + count
         options.set_search_options(max_length=length, min_length=length, do_sample=False, batch_size=len(prompts))
         generator = og.Generator(model, options)
         generator.set_active_adapter(adapters, task)
         generator.append_tokens(np.array(prompts, dtype=np.int32))
+        came = []
         while not generator.is_done():
             generator.generate_next_token()
-        return len(generator.get_sequence(0)) - len(prompts[0])
+            came.append(time.perf_counter())
+        return came
 
     return write, lambda tasks: None
 
@@ -66,6 +81,7 @@ def genai(build: str, task: str, threads: int) -> tuple[Write, Callable[[int], N
 def peft(build: str, task: str, threads: int) -> tuple[Write, Callable[[int], None]]:
     import torch
     from peft import LoraConfig, get_peft_model
+    from transformers import StoppingCriteriaList
 
     from benchmarks.generation import LORA, MODEL
     from surgeon.base import load_base
@@ -78,32 +94,37 @@ def peft(build: str, task: str, threads: int) -> tuple[Write, Callable[[int], No
     model: Any = get_peft_model(base, config).eval()
     model.generation_config.eos_token_id = None
 
-    def write(prompts: Sequence[list[int]], count: int) -> int:
-        ids = torch.tensor(prompts)
+    def write(prompts: Sequence[list[int]], count: int) -> list[float]:
+        ids, came = torch.tensor(prompts), []
+
+        def stamp(tokens: torch.Tensor, _: Any, **__: Any) -> torch.Tensor:
+            came.append(time.perf_counter())
+            return torch.zeros(len(tokens), dtype=torch.bool)
+
         with torch.no_grad():
-            found = model.generate(
+            model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=count,
                 do_sample=False,
                 pad_token_id=0,
+                stopping_criteria=StoppingCriteriaList([stamp]),  # type: ignore[list-item]
             )
-        return int(found.shape[1] - ids.shape[1])
+        return came
 
     return write, lambda tasks: None
 
 
-def seconds(write: Write, prompts: Sequence[list[int]], count: int) -> tuple[float, int]:
+def prefilled(write: Write, prompt: list[int]) -> float:
+    """Seconds to the first token."""
     started = time.perf_counter()
-    found = write(prompts, count)
-    return time.perf_counter() - started, found
+    return write([prompt], 1)[0] - started
 
 
-def decoded(write: Write, prompts: Sequence[list[int]], count: int) -> float:
+def decoded(write: Write, prompts: Sequence[list[int]]) -> float:
     """Seconds of a step."""
-    first, _ = seconds(write, prompts, 1)
-    whole, found = seconds(write, prompts, count)
-    return (whole - first) / (found - 1)
+    came = write(prompts, STEPS)
+    return statistics.median(b - a for a, b in pairwise(came))
 
 
 def resident() -> int:
@@ -120,10 +141,10 @@ def main() -> None:
     text = [int(i) for i in draw.integers(1000, 40000, LONG)]
     works: dict[str, Callable[[], Any]] = {
         "ready": lambda: f"{resident() / 1e6:.0f} MB",
-        "prefill 256": lambda: seconds(write, [text[:TEXT]], 1)[0],
-        "decode": lambda: decoded(write, [text[:PROMPT]], STEPS),
-        "decode after 600": lambda: decoded(write, [text], FEW),
-        "decode 8 rows": lambda: decoded(write, [text[i : i + PROMPT] for i in range(8)], FEW),
+        "prefill 256": lambda: prefilled(write, text[:TEXT]),
+        "decode": lambda: decoded(write, [text[:PROMPT]]),
+        "decode after 600": lambda: decoded(write, [text]),
+        "decode 8 rows": lambda: decoded(write, [text[i : i + PROMPT] for i in range(8)]),
         "memory": lambda: json.dumps(memory(load, several=kind == "ours" and bool(task))),
     }
     for line in sys.stdin:
