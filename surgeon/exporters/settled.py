@@ -35,14 +35,19 @@ class Settled(ExportedProgram):
         """This program itself, its nodes decomposed in place; a new one where that takes more than a node alone."""
         table = decomp_table or {}
         nodes = [node for node in self.graph.nodes if _unsettled(node, table)]
-        if any(node.op == "get_attr" or node.target._schema.is_mutable for node in nodes):
-            decomposed: ExportedProgram = super().run_decompositions(decomp_table, decompose_custom_triton_ops)
-            return decomposed
-        for node in nodes:
-            _decompose(node, table)
+        alone = not any(map(_whole, nodes)) and all(_decompose(node, table) for node in nodes)
         for spec, node in zip(self.graph_signature.output_specs, self.graph.output_node().args[0], strict=True):
             spec.arg.name = node.name
-        return self
+        self.graph_module.recompile()
+        if alone:
+            return self
+        decomposed: ExportedProgram = super().run_decompositions(decomp_table, decompose_custom_triton_ops)
+        return decomposed
+
+
+def _whole(node: fx.Node) -> bool:
+    """Whether a node takes more than itself to decompose: it writes in place, or holds a subgraph."""
+    return node.op == "get_attr" or (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable)
 
 
 def _unsettled(node: fx.Node, table: Mapping[Any, Any]) -> bool:
@@ -57,20 +62,21 @@ def _unsettled(node: fx.Node, table: Mapping[Any, Any]) -> bool:
     return node.target in table or schema.is_mutable or (view and node.target not in IDLE)
 
 
-def _decompose(node: fx.Node, table: Mapping[Any, Any]) -> None:
-    """Put in a node's place what it is made of."""
+def _decompose(node: fx.Node, table: Mapping[Any, Any]) -> bool:
+    """Put in a node's place what it is made of; False where that is not made of nodes alone."""
     operands = node.all_input_nodes
 
-    def alone(*values: Any) -> Any:
+    def made(*values: Any) -> Any:
         given = dict(zip(operands, values, strict=True))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    body = make_fx(alone, decomposition_table=table)(*(n.meta["val"] for n in operands))
-    env = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
+    body = make_fx(made, decomposition_table=table)(*(n.meta["val"] for n in operands)).graph
+    if any(map(_whole, body.nodes)):
+        return False
     graph = node.graph
     with graph.inserting_before(node):
-        found: Any = graph.graph_copy(body.graph, env)
+        found: Any = graph.graph_copy(body, dict(zip(body.find_nodes(op="placeholder"), operands, strict=True)))
     if isinstance(found, fx.Node):
         node.replace_all_uses_with(found)
     else:  # each of several results has its reader
@@ -79,3 +85,4 @@ def _decompose(node: fx.Node, table: Mapping[Any, Any]) -> None:
             reader.replace_all_uses_with(found[at])
             graph.erase_node(reader)
     graph.erase_node(node)
+    return True
