@@ -7,9 +7,10 @@ metadata assertions go, `no_grad` blocks are inlined, tied weights take the name
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
 from surgeon.cached import cached_forward
+from surgeon.dataflow import ancestors
 from surgeon.errors import TraceError
 from surgeon.inputs import SAMPLE, Input, base_inputs, sample_inputs, vocabulary
 from surgeon.normalising import normalise
@@ -31,22 +33,33 @@ LONGEST = "longest"
 FACTORS = (2, 4, 8, 16, 32, 64, 128)
 LIMIT = 4096
 """How long a text may become for a trace."""
+SWITCHES = {"train", "training", "dropout_p"}
+"""What arguments are called by which an operator that draws in training is told not to."""
 
 
 def trace(model: PreTrainedModel, inputs: tuple[Input, ...] | None = None) -> fx.GraphModule:
     """Trace `model` to a flat `GraphModule` called as the model is, with batch and sequence dynamic.
 
     With the inputs of a cache it is the model in eval mode, from tokens and cache to the last token's logits and the
-    cache after it. Parameters and buffers are the model's own tensors, not copies. Raises TraceError where torch.export
-    cannot follow the model or freezes one of its sizes.
+    cache after it. Parameters and buffers are the model's own tensors, not copies. What draws in training by other
+    means than dropout, such as a router that tries other experts, is traced as it is in eval mode: a frozen base is
+    the base in training too. Raises TraceError where torch.export cannot follow the model or freezes one of its sizes.
     """
     inputs = inputs or base_inputs(model)
+    graph_module = _traced(model, inputs, calm := frozenset[str]())
+    while drawing := frozenset() if any(i.cached for i in inputs) else _drawing(graph_module) - calm:
+        graph_module = _traced(model, inputs, calm := calm | drawing)
+    return graph_module
+
+
+def _traced(model: PreTrainedModel, inputs: tuple[Input, ...], calm: Collection[str]) -> fx.GraphModule:
+    """The trace, with the modules of the paths in `calm` in eval mode."""
     device = next(model.parameters()).device
     generates = any(i.cached for i in inputs)
 
     def export(sizes: Mapping[str, int]) -> ExportedProgram:
         sample = sample_inputs(inputs, vocabulary(model), device, sizes)
-        return _exported(model, inputs, sample, generates=generates)
+        return _exported(model, inputs, sample, calm, generates=generates)
 
     exported, longest = _settled(export, inputs)
     unlifted = exported.module(check_guards=False)
@@ -56,8 +69,29 @@ def trace(model: PreTrainedModel, inputs: tuple[Input, ...] | None = None) -> fx
     return graph_module
 
 
+def _drawing(graph_module: fx.GraphModule) -> frozenset[str]:
+    """Paths of the modules that draw random numbers for what the graph returns, by an operator without a switch."""
+    read = ancestors(graph_module.graph.output_node())
+    found = set()
+    for node in graph_module.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        draws = schema is not None and torch.Tag.nondeterministic_seeded in node.target.tags
+        if not draws or SWITCHES & {argument.name for argument in schema.arguments}:
+            continue
+        modules = [*(node.meta.get("nn_module_stack") or {}).values()]
+        written = schema.is_mutable and node.args[0] in read
+        if modules and (node in read or written):
+            found.add(re.sub(r"@\d+", "", modules[-1][0]))
+    return frozenset(found)
+
+
 def _exported(
-    model: PreTrainedModel, inputs: tuple[Input, ...], sample: Mapping[str, Tensor], *, generates: bool
+    model: PreTrainedModel,
+    inputs: tuple[Input, ...],
+    sample: Mapping[str, Tensor],
+    calm: Collection[str],
+    *,
+    generates: bool,
 ) -> ExportedProgram:
     training = model.training
     with _traceable(model, [i.name for i in inputs] if generates else None), _quiet():
@@ -66,6 +100,8 @@ def _exported(
             for module in model.modules():
                 if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                     module.eval()  # a frozen base keeps its running statistics: in training too it is the base
+            for path in calm:
+                model.get_submodule(path).training = False
             return torch.export.export(
                 model,
                 (),

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from surgeon.anatomy import find
 from surgeon.base import open_base
+from surgeon.dataflow import ancestors
 from surgeon.module import switchable
 from surgeon.normalising import normalise
 from surgeon.trace import trace
@@ -135,3 +136,29 @@ def test_a_model_of_all_these_goes_the_whole_way() -> None:
     assert [(a.heads, a.head_dim) for a in anatomy.attentions] == [(HEADS, D // HEADS)]
     assert set(items) == {"lora", "bitfit", "adapter", "prefix"}
     assert attempt(open_base(model), graph_module, list(items.values())) == "ok"
+
+
+class Restless(nn.Module):
+    """Tries other values in training, as a router does; what it draws besides is read by nobody."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.rand_like(x)
+        if not self.training:
+            return x
+        with torch.no_grad():
+            factor = torch.empty_like(x).uniform_(0.5, 1.5)
+        return x * factor + torch.rand_like(x)
+
+
+def test_what_draws_in_training_is_as_in_evaluation_and_dropout_stays() -> None:
+    torch.manual_seed(0)
+    model: Any = Kraus(KrausConfig(num_labels=3, pad_token_id=0)).train()
+    model.out = nn.Sequential(Restless(), nn.Dropout(0.3), model.out)
+    graph_module = trace(model)
+    assert all(module.training for module in model.modules())
+    read = ancestors(graph_module.graph.output_node())
+    drawn = {str(n.target) for n in read if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())}
+    assert drawn == {"aten.dropout.default"}
+    ids = torch.randint(3, 90, (3, 6))
+    found = switchable(graph_module).eval()(ids, torch.ones_like(ids))
+    assert torch.allclose(found["logits"], model.eval()(ids).logits, atol=1e-6)
