@@ -181,12 +181,14 @@ class Rewriting:
             if node.op == "get_attr" and node.target in deltas:
                 raise InvariantError(f"'{node.target}' cannot be left out: '{node.meta['surgeon'][0]}' reads it")
 
-    def propagate(self) -> None:
-        """Give every value its shape anew, where the inputs were made larger and a body to come relies on sizes."""
+    def propagate(self, among: Collection[fx.Node] | None = None) -> None:
+        """Give values their shapes anew, all or those `among` them, where what they are made of has become larger and
+        a body to come relies on sizes.
+        """
         modes = (n.meta["val"].fake_mode for n in self.graph.nodes if isinstance(n.meta.get("val"), FakeTensor))
         with next(modes), torch.no_grad():
             for node in self.graph.nodes:
-                if node.op == "call_function":
+                if node.op == "call_function" and (among is None or node in among):
                     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
                     node.meta["val"] = node.target(*args, **kwargs)
 

@@ -128,6 +128,8 @@ def _open_spelled_out(program: Program, site: Attention, live: fx.Node, extend: 
                 closes = closes or value.dtype == torch.bool or columns[1] != 0.0
                 extend(node, operand, columns)
     if not closes:
+        if str(keys).isdigit():  # of an image: the number of keys is written into the body, and it has grown
+            program.propagate(descendants(site.key) & ancestors(site.scores))
         program.replace(site.scores, _closed, also=(live,))
 
 

@@ -175,6 +175,10 @@ def in_front(site: Attention, dropout: float) -> Callable[[Tensor, Tensor], Tens
             prefix = torch.nn.functional.dropout(prefix, dropout)
         if heads != site.kv_heads:
             prefix = prefix.unsqueeze(2).expand(-1, -1, heads // site.kv_heads, -1, -1).flatten(1, 2)
-        return torch.cat([prefix.flatten(0, 1) if folded else prefix, real], -2)
+        if folded:
+            prefix = prefix.flatten(0, 1)
+        elif real.dim() > 4:  # windows between heads and tokens: one prefix for all
+            prefix = prefix.unflatten(1, (heads, *[1] * (real.dim() - 4))).expand(*real.shape[:-2], -1, -1)
+        return torch.cat([prefix, real], -2)
 
     return joined
