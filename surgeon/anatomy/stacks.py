@@ -6,8 +6,9 @@ A stack is a chain of joins, each one's skip being the last one's result.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, pairwise
 
 from torch.fx import Node
 
@@ -134,16 +135,22 @@ def _layers(reading: Reading, chain: Stack, kinds: dict[Sublayer, str]) -> tuple
 
     Mixers of no number in front of numbered layers are a stem's, as convolutions that give a sound its positions.
     """
-    indices = [_module_index(join.root) for join in chain.joins]
+    inside = [_module_indices(join.root) for join in chain.joins]
+    indices = [found[0] if found else None for found in inside]
     front = next((at for at, index in enumerate(indices) if index is not None), 0)
     if front and all(kinds[s] == "mixer" for join in chain.joins[:front] for s in join.sublayers):
         layers, notes = _layers(reading, Stack(chain.joins[front:]), kinds)
         return [None] * front + layers, notes
     by_structure = _by_structure(chain, kinds)
+    fed = [any(kinds[s] in {"ffn", "moe"} for s in join.sublayers) for join in chain.joins]
     numbers = [i for i in indices if i is not None]
     sound = len(numbers) == len(indices) and numbers == sorted(numbers) and not _weights_recur(reading, chain, numbers)
     if not sound or (len(set(numbers)) == 1 and max(by_structure) > 0):
         return [*by_structure], []
+    if _of_stages(inside, fed):
+        front = fed.index(False)
+        front = front if front and numbers[front - 1] != numbers[front] else 0  # what ends the stage before
+        return [*[None] * front, *_by_structure(Stack(chain.joins[front:]), kinds)], []
     order = sorted(set(numbers))
     by_module = [order.index(i) for i in numbers]
     note = f"layers: {len(order)} by module, {max(by_structure) + 1} by structure; taken by module"
@@ -163,11 +170,24 @@ def _by_structure(chain: Stack, kinds: dict[Sublayer, str]) -> list[int]:
     return layers
 
 
-def _module_index(node: Node) -> int | None:
+def _of_stages(numbers: Sequence[tuple[int, ...]], fed: Sequence[bool]) -> bool:
+    """Whether a module's number is a stage's: what is in it is numbered again, and feeds forward after a mixing twice.
+
+    `numbers` are the modules' around every join, and `fed` whether it is a feed-forward's.
+    """
+    for _, group in groupby(zip(numbers, fed, strict=True), lambda join: join[0][0]):
+        joins = list(group)
+        layers = sum(now and not before for (_, before), (_, now) in pairwise(joins))
+        if layers > 1 and all(len(inside) > 1 for inside, _ in joins):
+            return True
+    return False
+
+
+def _module_indices(node: Node) -> tuple[int, ...]:
+    """The numbers in the path of the module that computes a value, from the outermost."""
     stack = node.meta.get("nn_module_stack") or {}
     path = list(stack.values())[-1][0] if stack else ""
-    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
-    return int(number[1]) if number else None
+    return tuple(int(number) for number in re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path))
 
 
 def _weights_recur(reading: Reading, chain: Stack, numbers: list[int]) -> bool:
