@@ -46,9 +46,12 @@ def trace(model: PreTrainedModel, inputs: tuple[Input, ...] | None = None) -> fx
     the base in training too. Raises TraceError where torch.export cannot follow the model or freezes one of its sizes.
     """
     inputs = inputs or base_inputs(model)
-    graph_module = _traced(model, inputs, calm := frozenset[str]())
-    while drawing := frozenset() if any(i.cached for i in inputs) else _drawing(graph_module) - calm:
-        graph_module = _traced(model, inputs, calm := calm | drawing)
+    calm: frozenset[str] = frozenset()
+    graph_module = _traced(model, inputs, calm)
+    trains = not any(i.cached for i in inputs)
+    while trains and (drawing := _drawing(graph_module) - calm):
+        calm |= drawing
+        graph_module = _traced(model, inputs, calm)
     return graph_module
 
 
