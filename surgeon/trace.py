@@ -77,7 +77,7 @@ def _drawing(graph_module: fx.GraphModule) -> frozenset[str]:
     read = ancestors(graph_module.graph.output_node())
     found = set()
     for node in graph_module.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
+        schema: Any = getattr(node.target, "_schema", None)
         draws = schema is not None and torch.Tag.nondeterministic_seeded in node.target.tags
         if not draws or SWITCHES & {argument.name for argument in schema.arguments}:
             continue

@@ -178,7 +178,9 @@ def in_front(site: Attention, dropout: float) -> Callable[[Tensor, Tensor], Tens
         if folded:
             prefix = prefix.flatten(0, 1)
         elif real.dim() > 4:  # windows between heads and tokens: one prefix for all
-            prefix = prefix.unflatten(1, (heads, *[1] * (real.dim() - 4))).expand(*real.shape[:-2], -1, -1)
+            for _ in range(real.dim() - prefix.dim()):
+                prefix = prefix.unsqueeze(2)
+            prefix = prefix.expand(*real.shape[:-2], -1, -1)
         return torch.cat([prefix, real], -2)
 
     return joined
