@@ -38,6 +38,7 @@ CAUSES: dict[str, str] = {
     "jetmoe": "export: the model splits rows by how many each expert has: sizes that hang on data, which ONNX has not",
     "layoutlmv2": "build: needs the package detectron2",
     "led": "trace: the model asks the data whether a token attends to all, and torch.export takes no branch on data",
+    "lilt": "anatomy: what the last layer adds to the stream of boxes is read by nothing",
     "longcat_flash": _EXPERTS,
     "mamba": _LOOP,
     "mobilenet_v1": f"{_IMAGES}refused: a chain without one residual",
