@@ -116,7 +116,7 @@ def test_a_base_in_fewer_bits_writes_what_its_whole_pass_finds_likeliest(
 REAL: dict[str, list[dict[str, Any]]] = {
     "lora": [{"lora": {"rank": 16, "where": ["attention.query", "attention.value"]}}],
     "qlora": [{"qlora": {"rank": 8}}],
-    "many": [{"adapter": {"bottleneck": 16}}, {"ia3": {}}, {"norm_tuning": {}}, {"vera": {"rank": 64}}],
+    "many": [{"adapter": {"bottleneck": 16, "norms": False}}, {"ia3": {}}, {"norm_tuning": {}}, {"vera": {"rank": 64}}],
     "prefix": [{"prefix": {"length": 8, "start": "words", "words": "Once upon a time there was a text."}}],
     "prompt": [{"prompt": {"length": 8}}],
 }
