@@ -38,7 +38,7 @@ WIDE: dict[str, list[dict[str, Any]]] = {
     "prefix": [{"prefix": {"length": 3}}],
     "p_tuning": [{"p_tuning": {"template": "[P]*2 {text} [P]*2"}}],
     "ia3": [{"ia3": {}}, {"prompt": {"place": "after"}}],
-    "norms": [{"norm_tuning": {}}, {"compacter": {"divisions": 2, "bottleneck": 4}}],
+    "norms": [{"norm_tuning": {}}, {"compacter": {"divisions": 2, "bottleneck": 4, "norms": False}}],
     "vera": [{"vera": {"rank": 8}}, {"p_tuning_v2": {}}],
     "full": [{"full": {}}],
 }
