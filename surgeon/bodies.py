@@ -17,7 +17,7 @@ from surgeon.errors import InvariantError
 Symbols = dict[Any, Any]
 """Of sympy."""
 
-NESTED = 4
+NESTED = 6
 """How deep a function may close over functions and tuples before it counts as one of a kind."""
 
 

@@ -258,12 +258,17 @@ def _traceable(model: PreTrainedModel, cached: Sequence[str] | None) -> Iterator
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's own chatter; what fails is raised."""
-    level = logging.getLogger("torch").level
+    """Silence the exporter's own chatter, and have it write no line of code down for every node: a tenth of its time.
+
+    What fails is raised.
+    """
+    level, without_lines = logging.getLogger("torch").level, fx.config.do_not_emit_stack_traces
     logging.getLogger("torch").setLevel(logging.ERROR)
+    fx.config.do_not_emit_stack_traces = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        fx.config.do_not_emit_stack_traces = without_lines
         logging.getLogger("torch").setLevel(level)

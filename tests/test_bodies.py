@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -10,7 +11,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+import surgeon
 from surgeon.bodies import Bodies
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @pytest.fixture
@@ -73,3 +78,14 @@ def test_a_body_that_holds_an_object_is_traced_each_time(mode: FakeTensorMode) -
     for _ in range(2):
         sizes(bodies, lambda x, a: x @ a * held["by"], fake(mode, 3, 5, 4), fake(mode, 4, 2, free=(1,)))
     assert not bodies._known
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox"])
+def test_at_a_fused_projection_a_role_has_one_body_for_all_layers(
+    tiny: Callable[..., PreTrainedModel], kind: str
+) -> None:
+    """What it closes over says where the role's features lie: in one run (GPT-2), in every head (NeoX)."""
+    surgery = [{"lora": {"rank": 3, "where": ["attention.query", "attention.value"]}}]
+    made = surgeon.compile({"surgery": surgery, "tasks": {"a": {}}}, tiny(kind))
+    assert len({delta.site for delta in made.program.ledger.deltas.values()}) == 2
+    assert len(made.program._bodies._known) == 2
