@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -37,6 +39,13 @@ class Written(nn.Module):
         y = x.clone()
         y[:, 0].add_(1.0)
         return y
+
+
+class Doubled(nn.Module):
+    """Reads the size of its last axis."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x, x]).view(-1, x.shape[-1])
 
 
 def settled(module: nn.Module, x: Tensor) -> Settled:
@@ -74,6 +83,19 @@ def test_a_program_that_writes_in_place_is_retraced_whole() -> None:
     assert not any(node.target in TABLE or _writes(node.target) for node in done.graph.nodes)
     for given in (x, other):
         assert torch.equal(answers(done, given), module(given))
+
+
+def test_an_axis_counted_from_the_end_has_its_size_in_onnx_too() -> None:
+    """As a pass writes it down; torch's own trace counts from the front."""
+    program, other = settled(Doubled(), torch.randn(2, 5)), torch.randn(3, 9)
+    (size,) = program.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int)
+    assert size.args[1] == 1
+    size.args = (size.args[0], -1)
+    with quiet():
+        converted = torch.onnx.export(program, (), verbose=False)
+    session = ort.InferenceSession(converted.model_proto.SerializeToString())
+    (found,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+    np.testing.assert_array_equal(found, Doubled()(other).numpy())
 
 
 def _writes(target: Any) -> bool:

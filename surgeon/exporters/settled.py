@@ -34,6 +34,7 @@ class Settled(ExportedProgram):
     ) -> ExportedProgram:
         """This program itself, its nodes decomposed in place; a new one where that takes more than a node alone."""
         table = decomp_table or {}
+        _count_axes_from_the_front(self.graph)
         nodes = [node for node in self.graph.nodes if _unsettled(node, table)]
         alone = not any(map(_whole, nodes)) and all(_decompose(node, table) for node in nodes)
         for spec, node in zip(self.graph_signature.output_specs, self.graph.output_node().args[0], strict=True):
@@ -43,6 +44,13 @@ class Settled(ExportedProgram):
             return self
         decomposed: ExportedProgram = super().run_decompositions(decomp_table, decompose_custom_triton_ops)
         return decomposed
+
+
+def _count_axes_from_the_front(graph: fx.Graph) -> None:
+    """In the sizes asked for: of the last axis, counted from the end, onnxscript reads a `Shape` that is empty."""
+    for node in graph.find_nodes(op="call_function", target=aten.sym_size.int):
+        of, axis = node.args
+        node.args = (of, axis % of.meta["val"].ndim)
 
 
 def _whole(node: fx.Node) -> bool:
