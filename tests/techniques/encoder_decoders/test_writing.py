@@ -1,0 +1,135 @@
+"""How encoder-decoders write: beams, the base's own rules, where a text ends, pieces, and what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import surgeon
+from surgeon.cli import main
+from surgeon.errors import DataError, SpecError
+
+if TYPE_CHECKING:
+    from techniques.conftest import Lab
+    from techniques.encoder_decoders.conftest import Writing
+
+
+def test_beams_are_transformers(lab: Lab, writing: Writing, tmp_path: Path) -> None:
+    """Ends among the beams, other lengths preferred, rows in groups; of the base and of what was trained."""
+    made, _, _ = writing.built("t5")
+    trained, prompt = writing.merged(made)
+    often = writing.by_transformers(made.base.model, lab.prompts()[2], 12, num_beams=3)
+    ends = {"eos_token_id": [often[5], often[-1]]}
+    lengths: set[int] = set()
+    with surgeon.Session(writing.saved(made, tmp_path / "build", **ends), threads=1) as session:
+        for task, options in (
+            (None, {"beams": 3}),
+            (None, {"beams": 4, "length_penalty": 2.0}),
+            ("a", {"beams": 3}),
+            ("a", {"beams": 3, "length_penalty": -1.5, "early_stopping": True, "repetition_penalty": 1.3}),
+        ):
+            asked = {"num_beams" if name == "beams" else name: value for name, value in options.items()}
+            model, front = (made.base.model, None) if task is None else (trained, prompt)
+            wanted = [writing.by_transformers(model, s, 20, prompt=front, **ends, **asked) for s in lab.prompts()]
+            for batch in (4, 1):
+                rows = session.generate(lab.prompts(), task, max_new_tokens=20, batch=batch, **options)
+                assert [list(row.tokens) for row in rows] == wanted
+            lengths |= {len(tokens) for tokens in wanted}
+    assert len(lengths) > 1
+
+
+RULES: list[dict[str, Any]] = [
+    {"forced_bos_token_id": 7, "forced_eos_token_id": 1},
+    {"eos_token_id": 1, "min_length": 9, "no_repeat_ngram_size": 2},
+    {"bad_words_ids": [[3], [4]], "suppress_tokens": [5, 6], "no_repeat_ngram_size": 1},
+]
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_the_bases_own_rules_hold(lab: Lab, writing: Writing, tmp_path: Path, rules: dict[str, Any]) -> None:
+    made, _, session = writing.built("t5")
+    if "eos_token_id" in rules:
+        rules = {**rules, "eos_token_id": session.generate(lab.prompts()[:1])[0].tokens[0]}
+    with surgeon.Session(writing.saved(made, tmp_path / "build", **rules), threads=1) as ruled:
+        for beams in (1, 3):
+            wanted = [writing.by_transformers(made.base.model, s, 24, num_beams=beams, **rules) for s in lab.prompts()]
+            rows = ruled.generate(lab.prompts(), max_new_tokens=24, beams=beams)
+            assert [list(row.tokens) for row in rows] == wanted
+    assert wanted != [list(row.tokens) for row in session.generate(lab.prompts(), max_new_tokens=24, beams=3)]
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ({"bad_words_ids": [[3, 4]]}, "bad_words_ids of several tokens"),
+        ({"encoder_no_repeat_ngram_size": 3}, "asks for encoder_no_repeat_ngram_size"),
+        ({"forced_eos_token_id": [1, 2]}, "names 2 tokens"),
+    ],
+)
+def test_a_rule_that_is_not_done_is_said(writing: Writing, tmp_path: Path, said: dict[str, Any], says: str) -> None:
+    with pytest.raises(SpecError, match=says):
+        writing.saved(writing.built("t5").made, tmp_path / "build", **said)
+    assert not (tmp_path / "build").exists()
+
+
+def test_rows_end_at_different_times_and_no_neighbour_matters(lab: Lab, writing: Writing, tmp_path: Path) -> None:
+    made, _, session = writing.built("t5")
+    chance = {"temperature": 1.5, "top_k": 40, "repetition_penalty": 1.2}
+    options: dict[str, Any] = {"max_new_tokens": 20, "seed": 7}
+    free = session.generate(lab.prompts(), "a", **options, **chance)
+    ends = [free[0].tokens[3], free[2].tokens[8]]
+    with surgeon.Session(writing.saved(made, tmp_path / "build", eos_token_id=ends), threads=1) as ending:
+        for drawn in ({}, chance):
+            together = ending.generate(lab.prompts(), "a", **options, **drawn)
+            assert not drawn or len({len(row.tokens) for row in together}) > 1
+            assert together == ending.generate(lab.prompts(), "a", batch=2, **options, **drawn)
+            for i, source in enumerate(lab.prompts()):
+                assert together[i : i + 1] == ending.generate([source], "a", **{**options, "seed": 7 + i}, **drawn)
+
+
+def test_texts_come_in_pieces_and_stop(writing: Writing, capsys: pytest.CaptureFixture[str]) -> None:
+    _, path, session = writing.built("t5")
+    said = {0: "", 1: ""}
+
+    def listen(row: int, piece: str) -> None:
+        said[row] += piece
+
+    whole = session.generate(["w3 w4 w5", "w9"], "a", max_new_tokens=9, stream=listen)
+    assert [row.text for row in whole] == [said[0], said[1]]
+    assert whole[0].tokens == session.generate([[3, 4, 5]], "a", max_new_tokens=9)[0].tokens
+    word = whole[0].text.split()[-1]
+    cut = session.generate(["w3 w4 w5"], "a", max_new_tokens=9, stop=word)[0]
+    assert (cut.reason, cut.text) == ("stop", whole[0].text[: whole[0].text.index(word)])
+    assert main(["run", str(path), "--task", "a", "--tokens", "9", "w3 w4 w5", "w9"]) == 0
+    assert capsys.readouterr().out.splitlines() == [row.text for row in whole]
+    assert main(["run", str(path), "--task", "a", "--tokens", "9", "--beams", "3", "w9"]) == 0
+    best = session.generate(["w9"], "a", max_new_tokens=9, beams=3)[0]
+    assert capsys.readouterr().out.splitlines() == [best.text]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"prompts": [[5], []]}, "prompt 1 has no tokens"),
+        ({"prompts": [[3] * 62]}, "prompt 0 has 62 tokens, the base takes 61"),
+        ({"beams": 0}, "beams is a whole number"),
+        ({"beams": 51}, "there are not 51"),
+        ({"beams": 2, "stream": print}, "do not go with stream"),
+        ({"beams": 2, "temperature": 1.0}, "do not go with a temperature"),
+        ({"beams": 2, "length_penalty": float("nan")}, "length_penalty"),
+        ({"length_penalty": 2.0}, "of a beam search"),
+        ({"early_stopping": "never", "beams": 2}, "early_stopping"),
+    ],
+)
+def test_what_does_not_fit_is_said(writing: Writing, options: dict[str, Any], says: str) -> None:
+    session = writing.built("t5").session
+    with pytest.raises((DataError, SpecError), match=says):
+        session.generate(**{"prompts": [[5]], "task": "a", **options})
+    assert session.generate([[5]], "a", max_new_tokens=1)
+
+
+def test_a_text_ends_where_the_decoder_has_no_positions_left(writing: Writing) -> None:
+    row = writing.built("t5").session.generate([[5]], "a", max_new_tokens=500)[0]
+    assert (len(row.tokens), row.reason) == (writing.long, "length")  # the source's tokens take none, nor does the last
