@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from torch import fx
     from transformers import PreTrainedModel
 
+    from surgeon.base import Base
+    from surgeon.compiler import Compiled
     from surgeon.program import Program
+    from surgeon.spec import BaseSpec, Spec
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 _TEXT = {"vocab_size": 100, "max_position_embeddings": 64, "pad_token_id": 0}
@@ -85,6 +88,47 @@ def begun() -> Callable[..., Program]:
         )
 
     return begin
+
+
+class Traces:
+    """`study` and `compile` of the compiler, but a base is traced once only: most of the time goes there."""
+
+    def __init__(self) -> None:
+        self._known: dict[object, tuple[BaseSpec | PreTrainedModel, Base, Program]] = {}
+
+    def study(self, source: BaseSpec | PreTrainedModel, seed: int = 0) -> tuple[Base, Program]:
+        """A base, and a program that no pass has changed yet: a graph of its own over the base's tensors."""
+        from torch import fx
+
+        from surgeon.compiler import begin, study
+        from surgeon.spec import BaseSpec
+
+        key = (source.model_dump_json(), seed) if isinstance(source, BaseSpec) else id(source)
+        if key not in self._known:
+            self._known[key] = source, *study(source, seed=seed)
+        _, opened, program = self._known[key]
+        traced, graph = program.graph_module, fx.Graph()
+        graph.output(graph.graph_copy(traced.graph, {}))
+        graph._codegen = traced.graph._codegen
+        module = fx.GraphModule(traced, graph)
+        module.meta.update(traced.meta)
+        return opened, begin(opened, module)
+
+    def compile(self, spec: Spec, base: PreTrainedModel | None = None) -> Compiled:
+        """What `surgeon.compile` gives for a spec that writes no texts; its base stays whole."""
+        from surgeon.compiler import Compiled, passes
+        from surgeon.pipeline import run_passes
+
+        source = base if base is not None else spec.base
+        assert source is not None
+        opened, program = self.study(source, spec.seed)
+        return Compiled(spec, opened, run_passes(program, list(passes(spec))))
+
+
+@pytest.fixture(scope="session")
+def traces() -> Traces:
+    """One, so that no base is traced twice."""
+    return Traces()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import surgeon
 from surgeon import registry
+
+if TYPE_CHECKING:
+    from conftest import Traces
 
 GALLERY = sorted(Path(__file__).parents[1].joinpath("specs").glob("*.yaml"))
 COMPILED = [
@@ -23,13 +27,14 @@ COMPILED = [
 
 
 @pytest.mark.parametrize("path", COMPILED)
-def test_a_spec_of_the_gallery_compiles_to_a_build_that_runs(path: Path, tmp_path: Path) -> None:
+def test_a_spec_of_the_gallery_compiles_to_a_build_that_runs(path: Path, traces: Traces, tmp_path: Path) -> None:
     spec = surgeon.read_spec(path)
     source = (spec.base and spec.base.model) or ""
     package = source.removeprefix("package:").partition("/")[0]
     if source.startswith("package:") and find_spec(package) is None:
         pytest.skip(f"the package '{package}', which brings the base's weights, is not installed")
-    compiled = surgeon.compile(spec, out=tmp_path / "build")
+    compiled = surgeon.compile(spec) if spec.export.generate else traces.compile(spec)
+    compiled.save(tmp_path / "build")
     assert compiled.plan.parameters > 0
     with surgeon.Session(tmp_path / "build") as session:
         ids = [[5, 6, 7, 8]]

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 import surgeon
-from surgeon.anatomy import Join, find, select, selectors
-from surgeon.compiler import Compiled
-from surgeon.inputs import text_inputs
+from surgeon.anatomy import Join, select, selectors
+from surgeon.base import Base
+from surgeon.compiler import Compiled, study
 from surgeon.ledger import Schedule
 from surgeon.passes import Pass, PassResult
 from surgeon.pipeline import run_passes
 from surgeon.program import Program
+from surgeon.spec import Spec, read_spec
 from surgeon.starts import ones, zeros
-from surgeon.trace import trace
 from surgeon.train import Row, TrainOptions, load_tokenizer, train_task
 from surgeon.train.schedules import ScheduleCallback
 
@@ -77,23 +77,19 @@ class Everything(Pass):
         return PassResult(program, modified=True)
 
 
-@pytest.fixture
-def compiled(base_folder: Path) -> Compiled:
+@pytest.fixture(scope="module")
+def operated(base_folder: Path) -> tuple[Spec, Base, Program]:
     """A tiny classifier under that technique, with a head."""
-    spec = {"base": {"model": str(base_folder)}, "surgery": [{"head": {}}], "tasks": {"a": {"labels": 2}}}
-    made = surgeon.compile(spec)
-    model = made.base.model
-    graph_module = trace(model)
-    program = Program(
-        graph_module=graph_module,
-        anatomy=find(graph_module),
-        inputs=text_inputs(model),
-        config=model.config,
-        head=made.base.head,
-        fingerprint=made.base.fingerprint,
-        frozen=frozenset(n for n, _ in [*graph_module.named_parameters(), *graph_module.named_buffers()]),
-    )
-    return Compiled(made.spec, made.base, run_passes(program, [Everything(), *made.spec.steps]))
+    spec = read_spec({"base": {"model": str(base_folder)}, "surgery": [{"head": {}}], "tasks": {"a": {"labels": 2}}})
+    assert spec.base is not None
+    opened, program = study(spec.base)
+    return spec, opened, run_passes(program, [Everything(), *spec.steps])
+
+
+@pytest.fixture
+def compiled(operated: tuple[Spec, Base, Program]) -> Compiled:
+    """The same, its task as it is born."""
+    return Compiled(*operated)
 
 
 ROWS = [Row("good film", 1), Row("bad film", 0), Row("the great film was fine", 1), Row("dull", 0)]

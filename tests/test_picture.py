@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import pytest
@@ -17,6 +18,11 @@ from surgeon.picture import picture
 from surgeon.picture.layout import place, rows
 from surgeon.picture.scene import Scene, scene
 from surgeon.program import Program
+from surgeon.spec import read_spec
+
+if TYPE_CHECKING:
+    from conftest import Traces
+    from transformers import PreTrainedModel
 
 CASES = {
     "lora": ("bert", [{"lora": None}]),
@@ -29,19 +35,22 @@ CASES = {
 }
 
 
-def operated(tiny, name: str) -> Program:
-    kind, surgery = CASES[name]
-    return surgeon.compile({"surgery": surgery}, base=tiny(kind).to("meta")).program
+@pytest.fixture(scope="module")
+def bases(tiny) -> dict[str, PreTrainedModel]:
+    return {kind: tiny(kind).to("meta") for kind in dict(CASES.values())}
 
 
 @pytest.fixture(scope="module")
-def programs(tiny) -> dict[str, Program]:
-    return {name: operated(tiny, name) for name in CASES}
+def programs(bases: dict[str, PreTrainedModel], traces: Traces) -> dict[str, Program]:
+    specs = {name: (kind, read_spec({"surgery": surgery})) for name, (kind, surgery) in CASES.items()}
+    return {name: traces.compile(spec, bases[kind]).program for name, (kind, spec) in specs.items()}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_before_surgery_is_the_base_as_it_was(name: str, programs: dict[str, Program], tiny) -> None:
-    untouched = surgeon.compile({}, base=tiny(CASES[name][0]).to("meta")).program
+def test_before_surgery_is_the_base_as_it_was(
+    name: str, programs: dict[str, Program], bases: dict[str, PreTrainedModel], traces: Traces
+) -> None:
+    _, untouched = traces.study(bases[CASES[name][0]])
     for stack, depth in untouched.anatomy.layers.items():
         for layer in range(depth):
             drawn, bare = scene(programs[name], stack, layer), scene(untouched, stack, layer)
@@ -72,7 +81,8 @@ def test_a_free_size_is_a_word_and_a_fixed_one_a_number(programs: dict[str, Prog
 
 def test_the_same_surgery_gives_the_same_text_and_it_is_xml(tiny, programs: dict[str, Program]) -> None:
     text = picture(programs["gated"])
-    assert picture(operated(tiny, "gated")) == text
+    kind, surgery = CASES["gated"]
+    assert picture(surgeon.compile({"surgery": surgery}, base=tiny(kind).to("meta")).program) == text
     ElementTree.fromstring(text)
 
 
