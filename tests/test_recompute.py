@@ -29,7 +29,7 @@ def step(model, ids):
     return loss.detach(), gradients, sum(kept.values())
 
 
-@pytest.mark.parametrize(("kind", "sizes"), [("llama", {"num_hidden_layers": 8}), ("gpt2", {"n_layer": 8}), ("t5", {})])
+@pytest.mark.parametrize(("kind", "sizes"), [("llama", {"num_hidden_layers": 4}), ("gpt2", {"n_layer": 4}), ("t5", {})])
 def test_gradients_are_the_same_and_fewer_values_are_kept(tiny, kind, sizes):
     """Dropout too falls as it did, and what a prefix's reparametrisation and an adapter make is no part of it."""
     surgery = [{"prefix": {"length": 3, "hidden": 8}}, {"adapter": {}}]
