@@ -24,6 +24,8 @@ EXACT = {
     "BERT-base, every bias but the classifier's": 102_912,
     "BERT-large, every bias but the classifier's": 272_384,
     "BERT-base, biases of queries and intermediate layers": 46_080,
+    "BERT-base, `AdapterFusion` of `seq_bn`": 21_252_096,
+    "BERT-base, length 5, with its MLP of 512, and a head of 9 labels": 9_860_105,
     "GPT-2 medium, length 5": 245_760,
     "BART-large, prefix of length 200, encoder, decoder and cross-attention": 14_745_600,
     "BART-large, parallel adapter at the feed-forward, m 200": 9_859_776,

@@ -130,6 +130,7 @@ def test_value_starts_at_the_identity_and_no_square_matrix_is_deployed(lab):
     assert {p.requires_grad for n, p in lab.own(ours).items() if ".adapter." in n} == {False}
 
 
+@pytest.mark.sweep  # `surgeon count` has the number, from two layers, in every run
 def test_a_fusion_counts_as_adapterhub_does():
     """3d² + 2d a layer, whatever is fused; AdapterHub 1.3.0 counts 21,252,096 in a BERT-base."""
     spec = {"base": {"config": {"model_type": "bert"}}, "surgery": [{"fusion": {"of": 8}}]}

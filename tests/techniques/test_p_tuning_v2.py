@@ -108,6 +108,7 @@ def test_classes_of_tokens_and_spans_run_in_onnx_runtime(head, lab, tmp_path):
     assert lab.served(compiled, tmp_path, [lab.feed(model, 3, 11, pad=4), lab.feed(model, 1, 6)]) <= 1e-4
 
 
+@pytest.mark.sweep  # `surgeon count` has the number, from two layers, in every run
 def test_the_count_is_that_of_the_authors_code():
     """n·d + 512·d + 512 + 513·2·L·d: 9,860,105 with a head of 9 labels; plain it is 2·n·L·d."""
     options = {"length": 5, "hidden": 512}
