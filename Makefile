@@ -31,7 +31,7 @@ demo-generation: setup .venv/smollm2 ## teach a small language model two tasks o
 	$(BIN)/python -m demo.generation
 
 test: setup lint ## linters, type checks and the default tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .
