@@ -25,9 +25,9 @@ OPTIONS = TrainOptions(epochs=2, learning_rate=2e-2, batch_size=8, max_length=12
 
 
 def tiny_compiled(surgery=SPEC["surgery"], dropout=0.1):
-    """A BERT of two layers with dropout, so that a resumed run must also restore the random state."""
+    """A BERT of one layer with dropout, so that a resumed run must also restore the random state."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     drops = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     config = BertConfig(vocab_size=len(WORDS), max_position_embeddings=16, **sizes, **drops)
     return surgeon.compile({**SPEC, "surgery": surgery}, base=BertForSequenceClassification(config))
