@@ -17,6 +17,15 @@ from surgeon.errors import SpecError
 from surgeon.runtime import Session
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _collecting_what_is_new():
+    """A collection here looks at what these tests make, and not at all that a whole run has loaded: seconds each."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def test_the_task_is_alive_through_every_run_after_collection(pristine, inputs, pack, deltas):
     with Session(pristine, threads=1) as session:
         expected = session.run(inputs, task="movies")["logits"]
