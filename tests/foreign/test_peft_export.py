@@ -83,7 +83,7 @@ def test_peft_loads_the_very_bytes_and_answers_alike(case, foundry, compare, tmp
 
 def test_a_trained_task_goes_out_and_comes_back(foundry, compare, tmp_path, surgeon_cli):
     """By the commands; the file is bound to its base."""
-    base = foundry.base("bert", CLASSIFIER)
+    base = foundry.base("bert", CLASSIFIER, num_hidden_layers=1)
     spec = {"base": {"model": str(base)}, "surgery": [LORA], "tasks": {"a": {"labels": 3}, "b": {"labels": 3}}}
     compiled = surgeon.compile(spec)
     foundry.moved(compiled.model("a"))
@@ -144,7 +144,7 @@ def test_a_fused_projection_of_one_factor_stays_one(foundry, compare, tmp_path):
 
 
 def test_a_task_over_a_base_in_nf4_is_bound_to_that_base(foundry, tmp_path, surgeon_cli):
-    base = foundry.base("bert", CLASSIFIER)
+    base = foundry.base("bert", CLASSIFIER, num_hidden_layers=1)
     spec = {"base": {"model": str(base)}, "tasks": {"a": {"labels": 3}, "b": {"labels": 3}}}
     four = surgeon.compile({**spec, "surgery": [{"qlora": {"rank": 4}}]})
     foundry.moved(four.model("a"))

@@ -254,11 +254,11 @@ class Decoding:
     def __init__(self, lab: Lab) -> None:
         self._lab = lab
 
-    def base(self, kind: str) -> PreTrainedModel:
+    def base(self, kind: str, **changes: Any) -> PreTrainedModel:
         """A base with room for long texts that never ends one. A smaller table keeps T5 from repeating its tokens."""
         rooms: dict[str, dict[str, float]] = {"gpt2": {"n_positions": 128}, "t5": {"initializer_factor": 0.05}}
         room = rooms.get(kind, {"max_position_embeddings": 128})
-        return self._lab.base(kind, eos_token_id=None, **room)
+        return self._lab.base(kind, eos_token_id=None, **room, **changes)
 
     @staticmethod
     def uncached(model: nn.Module, prompt: Sequence[int], count: int) -> list[int]:

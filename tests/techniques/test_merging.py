@@ -61,7 +61,7 @@ def test_the_merged_base_answers_as_the_task_does(lab: Lab, kind: str, surgery: 
 
 
 def test_the_folders_open_as_plain_models_that_know_their_labels(lab: Lab, tmp_path: Path) -> None:
-    base = lab.base("bert")
+    base = lab.base("bert", num_hidden_layers=1)
     compiled = lab.operate(base, LORA, {"head": {}}, tasks=LABELS)
     model = lab.move(compiled.model("a"))
     build = compiled.save(tmp_path / "build")

@@ -34,10 +34,10 @@ def test_the_module_holds_no_weight_twice_and_the_checkpoints_are_freed(base_spe
 
 @pytest.fixture
 def base_spec():
-    """A spec over a BERT of two layers made from its configuration."""
+    """A spec over a BERT of one layer made from its configuration."""
 
     def make(*surgery):
-        config = {"model_type": "bert", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = {"model_type": "bert", "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
         config |= {"intermediate_size": 128, "vocab_size": 100, "max_position_embeddings": 64}
         return {"base": {"config": config}, "surgery": list(surgery), "tasks": {"a": {"labels": 3}, "b": {"labels": 4}}}
 
@@ -155,7 +155,7 @@ def test_a_build_is_saved_loaded_and_verified(base_spec, lab, tmp_path):
 
 def test_a_build_of_a_base_in_hand_is_loaded_without_the_numbers_that_nf4_stands_for(base_spec, lab, tiny, tmp_path):
     """The build's own copy of the base is nobody else's; one that the caller lends stays whole."""
-    model = tiny("bert")
+    model = tiny("bert", num_hidden_layers=1)
     spec = {name: part for name, part in base_spec({"qlora": {"rank": 4}}).items() if name != "base"}
     compiled = surgeon.compile(spec, model)
     lab.move(compiled.model("a"))

@@ -41,7 +41,7 @@ WORDS = [f"w{i}" for i in range(100)]
 def talker(lab: Lab, tmp_path_factory: pytest.TempPathFactory, decoding: Decoding) -> tuple[Compiled, Path]:
     """A LoRA on a base of a folder with a tokenizer of a hundred words."""
     folder = tmp_path_factory.mktemp("talker")
-    model = copy.deepcopy(decoding.base("llama"))
+    model = copy.deepcopy(decoding.base("llama", num_hidden_layers=1))
     model.save_pretrained(folder / "base")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -189,11 +189,11 @@ def test_an_interrupted_command_has_said_what_there_was(
 def test_a_graph_with_the_cache_of_another_build_is_refused(talker: tuple[Compiled, Path], tmp_path: Path) -> None:
     build = Path(shutil.copytree(talker[1], tmp_path / "build"))
     graph = onnx.load(build / "model.onnx", load_external_data=False)
-    next(i for i in graph.graph.input if i.name == "past_key_1").type.tensor_type.shape.dim[1].dim_value = 4
+    next(i for i in graph.graph.input if i.name == "past_key_0").type.tensor_type.shape.dim[1].dim_value = 4
     onnx.save(graph, build / "model.onnx")
     with pytest.raises(BuildError, match=r"model\.onnx has"):
         surgeon.Session(build)
-    with pytest.raises(BuildError, match=r"inputs are not those of the manifest(?s:.*)past_key_1"):
+    with pytest.raises(BuildError, match=r"inputs are not those of the manifest(?s:.*)past_key_0"):
         surgeon.Session(build, verify=False)
 
 
@@ -281,7 +281,7 @@ def test_what_genai_cannot_carry_gets_no_folder_of_it(
     build = talker[0].save(tmp_path / "build", progress=said.append)
     assert "no genai_config.json: onnxruntime-genai needs a token that ends a text, and this base names none" in said
     assert not (build / "genai_config.json").exists()
-    served = lab.writers(decoding.base("gpt2"), [{"bitfit": {}}, {"prompt": {"length": 3}}]).served
+    served = lab.writers(decoding.base("gpt2", n_layer=1), [{"bitfit": {}}, {"prompt": {"length": 3}}]).served
     assert served is not None
     assert not_carried(served, [7]) == "onnxruntime-genai does not carry 'prompt'"
 
