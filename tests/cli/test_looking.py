@@ -59,8 +59,8 @@ def test_a_number_that_no_longer_comes_out_is_an_error(surgeon, monkeypatch):
 
     from surgeon.counts import CASES, counting
 
-    case = next(case for case in CASES if case.techniques == ("ia3",) and not case.reason)
-    monkeypatch.setattr(counting, "CASES", (replace(case, printed="590K", reason=""), replace(case, reason="none")))
+    case = next(case for case in CASES if case.base == "BERT-base" and not case.reason)
+    monkeypatch.setattr(counting, "CASES", (replace(case, printed="590M", reason=""), replace(case, reason="none")))
     ran = surgeon("count")
     assert ran.code == 1
     assert "2 of 2 numbers come out other than known" in ran.err
