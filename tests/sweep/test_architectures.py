@@ -1,6 +1,6 @@
 """Twenty families, none of them named in Surgeon's code; `make architectures` takes all there are, with all heads.
 
-All of them are read, and six go the whole way into ONNX Runtime; the others do so in `make sweep`.
+All of them are read, and four go the whole way into ONNX Runtime; the others do so in `make sweep`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ ONE_LAYER = [Sizes(layers=1)]
 WHOLE: dict[str, HeadName] = {
     "bloom": "causal-lm",  # a bias by distance in the scores' own product; fused, interleaved by head
     "codegen": "causal-lm",  # parallel; fused, values before keys
-    "cohere": "causal-lm",  # parallel, one norm
     "electra": "sequence-classification",  # embeddings of another width
-    "mpt": "causal-lm",  # a bias by distance; fused
     "opt": "causal-lm",  # a feed-forward on flattened tokens
 }
 READ: dict[str, HeadName] = {
     "albert": "sequence-classification",  # one layer's weights for all
     "biogpt": "causal-lm",
+    "cohere": "causal-lm",  # parallel, one norm
     "ctrl": "causal-lm",
     "deberta": "sequence-classification",  # relative positions; fused
     "fnet": "sequence-classification",  # no attention
@@ -37,6 +36,7 @@ READ: dict[str, HeadName] = {
     "minicpm3": "causal-lm",  # low-rank keys and values
     "mistral": "causal-lm",
     "mixtral": "causal-lm",  # experts
+    "mpt": "causal-lm",  # a bias by distance; fused
     "qwen3": "causal-lm",  # norms of queries and keys
 }
 assert len(WHOLE | READ) == 20
