@@ -49,7 +49,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+WIDE = {"lora_roberta", "lora_distilbert"}
+"""Of the sweep: other names for the same sites, which the import reads in every run."""
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.sweep] * (c in WIDE)) for c in CASES])
 def test_peft_loads_the_very_bytes_and_answers_alike(case, foundry, compare, tmp_path):
     kind, head, surgery, labels = CASES[case]
     base = foundry.base(kind, head)

@@ -93,6 +93,10 @@ CASES = {
 }  # fmt: skip
 
 
+WIDE = {"vera_neox_interleaved"}
+"""Of the sweep: its slices are those of `lora_neox_interleaved`, and its matrices those of `vera_gpt2_fused`."""
+
+
 @pytest.fixture
 def made(foundry, tmp_path):
     """One of the cases: base folder, head, and what PEFT wrote."""
@@ -107,7 +111,7 @@ def made(foundry, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.sweep] * (c in WIDE)) for c in CASES])
 def test_a_folder_becomes_a_task_that_answers_as_peft(case, made, compare, foundry):
     base, head, foreign = made(case)
     compiled = foundry.compile(base, head, a=foreign.path)

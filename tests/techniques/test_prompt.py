@@ -151,10 +151,17 @@ N = 3
 ENSEMBLE = {"prompt": {"length": LENGTH, "ensemble": N}}
 
 
+def shallow(lab, kind, head=None):
+    """A base of one layer, as prompts act on the input and on the answers; of four classes, so that votes may tie."""
+    layers = {"gpt2": {"n_layer": 1}, "t5": {"num_layers": 1, "num_decoder_layers": 1}}
+    classes = {"num_labels": 4} if kind == "bert" and head != "feature-extraction" else {}
+    return lab.base(kind, head, **layers.get(kind, {"num_hidden_layers": 1}), **classes)
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize(("kind", "head"), [("bert", None), ("bert", "token-classification"), ("gpt2", None)])
 def test_an_ensemble_votes_and_each_of_its_prompts_answers_as_one_alone(kind, head, side, lab):
-    model = lab.base(kind, head, **({"num_labels": 4} if kind == "bert" else {}))
+    model = shallow(lab, kind, head)
     ours = lab.operate(model, ENSEMBLE).model("a")
     lab.move(ours, by=1.0)
     (name, prompts), *_ = ours.state_dict().items()
@@ -176,7 +183,7 @@ def test_an_ensemble_votes_and_each_of_its_prompts_answers_as_one_alone(kind, he
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
 def test_every_prompt_of_an_ensemble_learns_on_its_own(kind, lab):
-    model = lab.base(kind, **({"num_labels": 4} if kind == "bert" else {}))
+    model = shallow(lab, kind)
     ours = lab.operate(model, ENSEMBLE).model("a").train()
     (name, prompts), *_ = lab.own(ours).items()
     fed = lab.batch(model)
@@ -191,7 +198,7 @@ def test_every_prompt_of_an_ensemble_learns_on_its_own(kind, lab):
 
 @pytest.mark.parametrize("kind", ["bert", pytest.param("t5", marks=pytest.mark.sweep)])
 def test_ensembles_of_other_sizes_run_in_onnx_runtime(kind, lab, tmp_path):
-    model = lab.base(kind)
+    model = shallow(lab, kind)
     labels = [{"labels": 3}, {"labels": 4}] if kind == "bert" else [{}, {}]
     compiled = lab.operate(model, {"lora": {"rank": 2}}, ENSEMBLE, tasks=dict(zip("ab", labels, strict=True)))
     lab.move(compiled.model("a"), by=0.5)
@@ -201,7 +208,7 @@ def test_ensembles_of_other_sizes_run_in_onnx_runtime(kind, lab, tmp_path):
 
 
 def test_an_ensemble_of_one_prompt_of_no_tokens_is_the_base(lab):
-    model = lab.base("gpt2")
+    model = shallow(lab, "gpt2")
     ours = lab.operate(model, ENSEMBLE).model("a").eval()
     ours.load_state_dict({name: tensor[:1, :0] for name, tensor in ours.state_dict().items()})
     fed = lab.feed(model, 3, 9)
@@ -210,7 +217,7 @@ def test_an_ensemble_of_one_prompt_of_no_tokens_is_the_base(lab):
 
 def test_an_ensemble_of_no_prompts_is_refused(lab, tmp_path):
     """In training, and in a task file; there would be nobody to answer."""
-    compiled = lab.operate(lab.base("gpt2"), ENSEMBLE)
+    compiled = lab.operate(shallow(lab, "gpt2"), ENSEMBLE)
     ours = compiled.model("a")
     with pytest.raises(DeltaError, match=r"ensemble is 0 in .*, and must be 1 at least"):
         ours.load_state_dict({name: tensor[:0] for name, tensor in ours.state_dict().items()})
@@ -226,4 +233,4 @@ def test_an_ensemble_of_no_prompts_is_refused(lab, tmp_path):
 
 def test_features_cannot_vote(lab):
     with pytest.raises(CompositionError, match="features are no answers that could vote"):
-        lab.operate(lab.base("bert", "feature-extraction", num_hidden_layers=1), ENSEMBLE)
+        lab.operate(shallow(lab, "bert", "feature-extraction"), ENSEMBLE)
