@@ -204,8 +204,13 @@ def feed(model: Any, batch: int = 3, length: int = 9, pad: int = 2, seed: int = 
 
 def served(build: Path, task: str | None, fed: Mapping[str, torch.Tensor]) -> np.ndarray:
     """What ONNX Runtime answers."""
-    with surgeon.Session(build) as session:
-        found = session.run({name: tensor.numpy() for name, tensor in fed.items()}, task=task)
+    with surgeon.Session(build, threads=1) as session:
+        return said(session, task, fed)
+
+
+def said(session: surgeon.Session, task: str | None, fed: Mapping[str, torch.Tensor]) -> np.ndarray:
+    """The same of a session that is open, as one is that several tasks are asked of."""
+    found = session.run({name: tensor.numpy() for name, tensor in fed.items()}, task=task)
     return found["logits"] if "logits" in found else found["last_hidden_state"]
 
 
@@ -237,5 +242,5 @@ def surgeon_cli() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def compare() -> Any:
-    """`feed`, `answers`, `served` and `gap`."""
-    return SimpleNamespace(feed=feed, answers=answers, served=served, gap=gap)
+    """`feed`, `answers`, `served`, `said` and `gap`."""
+    return SimpleNamespace(feed=feed, answers=answers, served=served, said=said, gap=gap)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import surgeon
 from surgeon.errors import DeltaError, SpecError
 from surgeon.foreign import import_build
 from surgeon.foreign.importing import read
@@ -57,10 +58,10 @@ def test_folders_of_both_libraries_are_one_build(compare, tmp_path):
         "bert-ia3",
     ]
     import_build({case: FIXTURES / case for case in cases}, str(FIXTURES / "bert"), tmp_path / "build")
-    for case in cases:
-        oracle = load_file(FIXTURES / case / "oracle.safetensors")
-        fed = asked(oracle)
-        assert compare.gap(compare.served(tmp_path / "build", case, fed), oracle["logits"].numpy()) <= 1e-5
+    with surgeon.Session(tmp_path / "build", threads=1) as session:
+        for case in cases:
+            oracle = load_file(FIXTURES / case / "oracle.safetensors")
+            assert compare.gap(compare.said(session, case, asked(oracle)), oracle["logits"].numpy()) <= 1e-5
 
 
 @pytest.mark.parametrize("case", ["bert-compacter", "gpt2-fusion"])
@@ -88,9 +89,10 @@ def test_encoder_decoders_answer_on_onnx_runtime(compare, tmp_path):
     """Adapters beside cross-attention, products, and prefixes of three kinds of attention, in one build."""
     cases = ["bart-cross_bn", "bart-lora", "bart-prefix"]
     import_build({case: FIXTURES / case for case in cases}, str(FIXTURES / "bart"), tmp_path / "build")
-    for case in cases:
-        oracle = load_file(FIXTURES / case / "oracle.safetensors")
-        assert compare.gap(compare.served(tmp_path / "build", case, asked(oracle)), oracle["logits"].numpy()) <= 1e-5
+    with surgeon.Session(tmp_path / "build", threads=1) as session:
+        for case in cases:
+            oracle = load_file(FIXTURES / case / "oracle.safetensors")
+            assert compare.gap(compare.said(session, case, asked(oracle)), oracle["logits"].numpy()) <= 1e-5
 
 
 def test_the_layers_of_a_fusion_find_their_adapters_beside_them(copied, foundry):
