@@ -7,7 +7,7 @@ placeholder for every tensor, without what does nothing, and with one symbol for
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -187,7 +187,7 @@ class _Writer:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._env[n])
         target = self.program.operators.get(target, target)
         if isinstance(target, FunctionType) and isinstance(node.meta["val"], Tensor | tuple):
-            return self._spelled(target, args)
+            return self._spelled(target, args, kwargs)
         if target is operator.getitem and isinstance(args[0], tuple | list):  # one of several results
             return args[0][args[1]]
         if target is aten.dropout.default:
@@ -235,13 +235,18 @@ class _Writer:
             for a, promote in zip(args, whole, strict=True)
         )
 
-    def _spelled(self, fn: Any, args: tuple[Any, ...]) -> Any:
+    def _spelled(self, fn: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """An operator that torch does not have, as the technique that brought it writes it for exporters."""
-        nodes = [a for a in args if isinstance(a, fx.Node)]
-        body = make_fx(
-            lambda *values: fn(*fx.node.map_arg(args, dict(zip(nodes, values, strict=True)).__getitem__)),
-            pre_dispatch=True,
-        )(*_values(nodes))
+        read: dict[fx.Node, None] = {}
+        fx.node.map_arg((args, kwargs), read.setdefault)
+        nodes = list(read)
+
+        def of(*values: Any) -> Any:
+            given = dict(zip(nodes, values, strict=True))
+            own, named = fx.node.map_arg((args, kwargs), given.__getitem__)
+            return fn(*own, **named)
+
+        body = make_fx(of, pre_dispatch=True)(*_values(nodes))
         env: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), nodes, strict=True))
         for inner in body.graph.nodes:
             if inner.op == "call_function":

@@ -23,6 +23,7 @@ from torch.func import functional_call
 from surgeon.cached import PAST, PRESENT
 from surgeon.dataflow import ancestors
 from surgeon.errors import InvariantError
+from surgeon.exporters.attending import onnx_attend, torch_attend
 from surgeon.exporters.masks import windows
 from surgeon.exporters.rotary import torch_turn, turned
 from surgeon.mixed import TASKS
@@ -101,8 +102,8 @@ def shared(
             pasts = [names[name] for name in place.past]
             start = _front(graph, program, place.start[0]) if place.start else None
             scale = place.core.kwargs.get("scale") or place.query.meta["val"].shape[-1] ** -0.5
-            given = (place.query, *place.new, *pasts, mask, start, scale, window[place.past])
-            both = graph.call_function(attend, given)
+            given = place.query, place.new, tuple(pasts), mask, start
+            both = graph.call_function(attend, given, {"scale": scale, "window": window[place.past]})
             parts = [graph.call_function(operator.getitem, (both, at)) for at in range(3)]
         vals = [place.core.meta["val"], *(_joined(past).meta["val"] for past in pasts)]
         both.meta["val"] = tuple(vals)
@@ -119,64 +120,6 @@ def shared(
     return graph_module
 
 
-def onnx_attend(  # noqa: PLR0917 - what both forms of the operator take
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_k: Tensor,
-    past_v: Tensor,
-    mask: Tensor,
-    start: Tensor | None,
-    scale: float,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator, after the rotation. In ONNX Runtime `past` and `present` may be the same memory."""
-    rows, heads, columns, _ = q.shape
-    flat = [t.transpose(1, 2).reshape(rows, columns, t.shape[1] * t.shape[3]) for t in (q, k, v)]
-    last, total = mask.sum(1) - 1, torch.ones_like(mask[0]).sum()
-    if start is not None:
-        own, most = _columns(start, mask.dtype)
-        last, total = last + own, total + most
-    counts = [aten._to_copy.default(count, dtype=torch.int32) for count in (last, total)]
-    shapes: list[Any] = [(*flat[0].shape[:2], heads * v.shape[3])]
-    shapes += [(rows, new.shape[1], past.shape[2] + columns, new.shape[3]) for new, past in ((k, past_k), (v, past_v))]
-    attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": int(k.shape[1]), "scale": scale, "do_rotary": 0}
-    if window:
-        attributes["local_window_size"] = window
-    y, keys, values = torch.onnx.ops.symbolic_multi_out(
-        "com.microsoft::GroupQueryAttention",
-        (*flat, past_k, past_v, *counts),
-        attributes,
-        dtypes=[q.dtype] * 3,
-        shapes=shapes,
-        version=1,
-    )
-    return y.view(rows, columns, heads, v.shape[3]).transpose(1, 2), keys, values
-
-
-def torch_attend(  # noqa: PLR0917 - what both forms of the operator take
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_k: Tensor,
-    past_v: Tensor,
-    mask: Tensor,
-    start: Tensor | None,
-    scale: float,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the operator computes where the buffers have room: new columns behind each row's own, seen by later ones."""
-    lengths = mask.sum(1) + (0 if start is None else _columns(start, mask.dtype)[0])
-    at = (lengths - q.shape[2]).unsqueeze(1) + torch.arange(q.shape[2])
-    keys, values = (
-        past.scatter(2, at[:, None, :, None].expand_as(new), new) for past, new in ((past_k, k), (past_v, v))
-    )
-    columns, last = torch.arange(keys.shape[2]), at.unsqueeze(-1)
-    seen = (columns <= last) & (columns > last - (window or keys.shape[2]))
-    several = {"attn_mask": seen.unsqueeze(1), "scale": scale, "enable_gqa": True}
-    return torch.nn.functional.scaled_dot_product_attention(q, keys, values, **several), keys, values  # type: ignore[arg-type]
-
-
 def _front(graph: fx.Graph, program: Program, start: str) -> fx.Node:
     """What tells how many columns a prefix has: itself, `[heads, n, width]`; for a task a row, what counts its columns
     in each row, `[rows, n]`.
@@ -189,14 +132,6 @@ def _front(graph: fx.Graph, program: Program, start: str) -> fx.Node:
                 name = next(c for c in counts if symbols & set(program.ledger.deltas[c].free.values()) - {TASKS})
                 return graph.call_function(aten.index_select.default, (graph.get_attr(name), 0, user.args[2]))
     return graph.get_attr(start)
-
-
-def _columns(start: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """How many columns of a prefix a row has, and how many the longest has."""
-    if start.dim() == 2:
-        return start.sum(1), torch.ones_like(start[0]).sum()
-    more = torch.ones_like(start[0, :, 0], dtype=dtype).sum()
-    return more, more
 
 
 def _places(graph: fx.Graph, program: Program) -> Iterator[Place]:
