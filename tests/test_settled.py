@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -85,17 +86,23 @@ def test_a_program_that_writes_in_place_is_retraced_whole() -> None:
         assert torch.equal(answers(done, given), module(given))
 
 
-def test_an_axis_counted_from_the_end_has_its_size_in_onnx_too() -> None:
-    """As a pass writes it down; torch's own trace counts from the front."""
+@pytest.mark.parametrize("way", ["the last axis", "all elements"])
+def test_a_size_that_onnxscript_does_not_read_is_put_as_one_that_it_does(way: str) -> None:
+    """As a pass or a decomposition writes it down."""
     program, other = settled(Doubled(), torch.randn(2, 5)), torch.randn(3, 9)
-    (size,) = program.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int)
+    sizes = torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default
+    (size,) = program.graph.find_nodes(op="call_function", target=sizes[0])
     assert size.args[1] == 1
-    size.args = (size.args[0], -1)
+    if way == "the last axis":
+        size.args = (size.args[0], -1)
+    else:
+        size.target, size.args = sizes[1], size.args[:1]
+        size.meta["val"] = size.args[0].meta["val"].numel()
     with quiet():
         converted = torch.onnx.export(program, (), verbose=False)
     session = ort.InferenceSession(converted.model_proto.SerializeToString())
     (found,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
-    np.testing.assert_array_equal(found, Doubled()(other).numpy())
+    np.testing.assert_array_equal(found.reshape(6, 9), Doubled()(other).numpy())
 
 
 def _writes(target: Any) -> bool:

@@ -6,7 +6,9 @@ have no operator of ONNX.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -34,9 +36,9 @@ class Settled(ExportedProgram):
     ) -> ExportedProgram:
         """This program itself, its nodes decomposed in place; a new one where that takes more than a node alone."""
         table = decomp_table or {}
-        _count_axes_from_the_front(self.graph)
         nodes = [node for node in self.graph.nodes if _unsettled(node, table)]
         alone = not any(map(_whole, nodes)) and all(_decompose(node, table) for node in nodes)
+        _size_by_axis(self.graph)
         for spec, node in zip(self.graph_signature.output_specs, self.graph.output_node().args[0], strict=True):
             spec.arg.name = node.name
         self.graph_module.recompile()
@@ -46,11 +48,31 @@ class Settled(ExportedProgram):
         return decomposed
 
 
-def _count_axes_from_the_front(graph: fx.Graph) -> None:
-    """In the sizes asked for: of the last axis, counted from the end, onnxscript reads a `Shape` that is empty."""
+def _size_by_axis(graph: fx.Graph) -> None:
+    """Ask for sizes as onnxscript reads them: one axis, counted from the front. The last, counted from the end, would
+    be a `Shape` up to axis 0, which is empty.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.sym_numel.default):
+        (of,) = node.args
+        with graph.inserting_before(node):
+            sizes = [_size(graph, of, axis) for axis in range(of.meta["val"].ndim)]
+            node.replace_all_uses_with(reduce(partial(_product, graph), sizes))
+        graph.erase_node(node)
     for node in graph.find_nodes(op="call_function", target=aten.sym_size.int):
         of, axis = node.args
         node.args = (of, axis % of.meta["val"].ndim)
+
+
+def _size(graph: fx.Graph, of: fx.Node, axis: int) -> fx.Node:
+    size = graph.call_function(aten.sym_size.int, (of, axis))
+    size.meta["val"] = of.meta["val"].shape[axis]
+    return size
+
+
+def _product(graph: fx.Graph, one: fx.Node, other: fx.Node) -> fx.Node:
+    both = graph.call_function(operator.mul, (one, other))
+    both.meta["val"] = one.meta["val"] * other.meta["val"]
+    return both
 
 
 def _whole(node: fx.Node) -> bool:
