@@ -118,17 +118,20 @@ def widths(anatomy: Anatomy) -> Iterator[str]:
             "key": site.kv_heads * site.head_dim,
             "value": site.kv_heads * site.value_dim,
         }
-        if _gates(sides["query"][0], site):
+        if _gates(sides["query"][0], sides["key"][0], site):
             wanted["query"] *= 2
         for side, width in wanted.items():
             if sides[side][0].out_features != width:
                 yield f"{at}: {side} gives {sides[side][0].out_features} features, its heads take {width}"
 
 
-def _gates(query: Projection, site: Attention) -> bool:
-    """Whether a query's projection gives a gate as well, for what its heads have mixed to be multiplied by."""
+def _gates(query: Projection, key: Projection, site: Attention) -> bool:
+    """Whether a query's projection gives a gate as well, for what its heads have mixed to be multiplied by.
+
+    What depends on the keys too is no gate: a sink multiplies by the share that it leaves of the scores.
+    """
     mixed = descendants(site.mixed) | {site.mixed}
-    own = descendants(query.output) - mixed
+    own = descendants(query.output) - descendants(key.output) - mixed
     products = (n for n in mixed if n.target is aten.mul.Tensor)
     return any(not mixed.isdisjoint(n.all_input_nodes) and not own.isdisjoint(n.all_input_nodes) for n in products)
 
