@@ -26,7 +26,8 @@ def normalise(graph_module: fx.GraphModule, model: torch.nn.Module) -> None:
     _write_apart(graph_module.graph)
     _rows_before_columns(graph_module.graph)
     _canonical_names(graph_module, _checkpoint_names(model))
-    graph_module.graph.eliminate_dead_code()
+    # What nothing reads is no part of the model, though it draws a dropout.
+    graph_module.graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
     graph_module.delete_all_unused_submodules()
     graph_module.graph.lint()
     graph_module.recompile()

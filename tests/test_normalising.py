@@ -67,6 +67,23 @@ def test_what_another_name_reads_stays_written_over() -> None:
     assert torch.equal(found, Careless(seen=True)(x))
 
 
+class Idle(nn.Module):
+    """Does work that nothing reads, and that drops out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unread = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        nn.functional.dropout(self.unread(x), 0.5, training=True)
+        return nn.functional.dropout(x, 0.5, training=True)
+
+
+def test_what_nothing_reads_is_no_part_of_the_trace_though_it_drops_out() -> None:
+    graph = normal(Idle(), torch.randn(2, 5))
+    assert [str(node.target) for node in graph.graph.nodes if node.op == "call_function"] == ["aten.dropout.default"]
+
+
 class Rounded(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x).half().add_(x)
