@@ -37,6 +37,7 @@ CAUSES: dict[str, str] = {
     "inkling2_text": _BLOCKS,
     "layoutlmv2": "build: needs the package detectron2",
     "led": "trace: the model asks the data whether a token attends to all, and torch.export takes no branch on data",
+    "lilt": "prefix: refused: the attentions of text and of boxes add their scores to each other's",
     "longcat_flash": _EXPERTS,
     "mamba": _LOOP,
     "mobilenet_v1": f"{_IMAGES}refused: a chain without one residual",

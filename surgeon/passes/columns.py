@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from surgeon.anatomy import Attention
 from surgeon.dataflow import ancestors, descendants
-from surgeon.errors import InvariantError
+from surgeon.errors import CompositionError, InvariantError
 from surgeon.ledger import Delta
 from surgeon.program import Program
 
@@ -39,11 +39,30 @@ def open_columns(program: Program, sites: Sequence[Attention], prefix: Delta) ->
             extended[operand, columns] = program.insert(_widened(*columns), [now, live], before=reader)
         reader.replace_input_with(operand, extended[operand, columns])
 
+    _refuse_sums(program, sites)
     for site in sites:
         if site.core.target is SDPA:
             _open_fused(program, site.core, live, extend)
         else:
             _open_spelled_out(program, site, live, extend)
+
+
+def _refuse_sums(program: Program, sites: Sequence[Attention]) -> None:
+    """Raise CompositionError where scores meet those of another attention, which have no such columns."""
+    ways = {
+        site.scores: {site.scores} | (descendants(site.scores) & ancestors(site.core))
+        for site in program.anatomy.attentions
+        if site.core.target is not SDPA
+    }
+    for site in sites:
+        own = ways.get(site.scores, set())
+        met = {n for node in own for n in node.all_input_nodes} - own
+        for other in program.anatomy.attentions:
+            if not met.isdisjoint(ways.get(other.scores, ())):
+                raise CompositionError(
+                    f"{site.label} adds the scores of {other.label} to its own, and a prefix would meet none there",
+                    try_="other techniques, or `where` with attentions that have scores of their own",
+                )
 
 
 def biased(program: Program, sites: Sequence[Attention]) -> bool:

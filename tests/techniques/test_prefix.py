@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import eager_mask
 
 from surgeon.errors import CompositionError, SpecError
+from sweep.cases import Case, base
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -169,6 +170,14 @@ def test_two_items_of_one_stack_share_their_length_and_shift_positions_once(lab)
     assert torch.equal(ours(**fed).logits, one(**fed).logits)
     with pytest.raises(CompositionError, match=r"wants prefix.length.decoder to be 7, and it is 5 already"):
         lab.operate(model, items[0], {"prefix": {"length": 7, "where": "attention@1"}})
+
+
+def test_attentions_that_add_their_scores_to_each_others_get_no_prefix(lab):
+    """LiLT's, of a text and of the boxes of its words."""
+    model = base(Case("lilt", "sequence-classification"))
+    with pytest.raises(CompositionError, match="encoder/attention@0 adds the scores of stack1/attention@0 to its own"):
+        lab.operate(model, PREFIX)
+    lab.forget(model)
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
