@@ -8,6 +8,8 @@ from __future__ import annotations
 _LOOP = "trace: the model loops over tokens in Python, which torch.export writes out for one number of them"
 _LIST = "trace: the model lists positions in Python, one by one, which torch.export takes for a fixed number"
 _EXPERTS = "trace: the model loops over the experts that were hit, whose number hangs on data: torch.export takes none"
+_GLOBAL = "trace: the model asks the data whether a token attends to all, and torch.export takes no branch on data"
+_INDEXER = "build: its configuration leaves open what its indexer may read (indexer_budget, indexer_compress_ratio)"
 _CODEBOOKS = "build: the model reads several codebooks a token, ids [batch · codebooks, tokens], no text's"
 _KEYS = "build: an assistant, which answers only to the keys and values of the model that it drafts for"
 _BLOCKS = "anatomy: a layer reads an attention over earlier states, and the first of a block adds to no stream"
@@ -35,10 +37,12 @@ CAUSES: dict[str, str] = {
     "ibert": "trace: the model asks the data how they are to be quantised, and torch.export takes no branch on data",
     "inkling2_loop_text": _BLOCKS,
     "inkling2_text": _BLOCKS,
+    "jamba": _LOOP,
     "layoutlmv2": "build: needs the package detectron2",
-    "led": "trace: the model asks the data whether a token attends to all, and torch.export takes no branch on data",
+    "led": _GLOBAL,
     "lilt": "prefix: refused: the attentions of text and of boxes add their scores to each other's",
     "longcat_flash": _EXPERTS,
+    "longformer": _GLOBAL,
     "mamba": _LOOP,
     "mobilenet_v1": f"{_IMAGES}refused: a chain without one residual",
     "mobilevit": "anatomy: random convolutions let nothing of its first stages through, so that no verdict is given",
@@ -46,9 +50,24 @@ CAUSES: dict[str, str] = {
     "musicgen": _CODEBOOKS,
     "musicgen_melody": _CODEBOOKS,
     "nllb-moe": _EXPERTS,
+    "perceiver": "oracle: its 256 latents of 1,280 features in 26 layers are sized by names of its own, and stay so",
+    "pp_lcnet": "build: the model gives what its classifier says as a hidden state, not as logits",
     "prophetnet": "anatomy: the decoder attends for the next token and for those after it in products of 4 and 5 axes",
+    "qwen4_exp": _INDEXER,
+    "qwen4_exp_text": _INDEXER,
+    "recurrent_gemma": _LOOP,
+    "reformer": "trace: in training the model takes texts of the one length that its axial positions multiply to",
+    "regnet": f"{_IMAGES}where a stage begins the skip is projected, so that no stream goes through",
+    "resnet": f"{_IMAGES}where a stage begins the skip is projected, so that no stream goes through",
+    "rwkv": _LOOP,
+    "shieldgemma2": "build: the model reads the logits of tokens 10,784 and 3,771, which a small vocabulary has not",
     "siglip2": "build: the model takes patches, a mask over them and their shapes, no image",
+    "squeezebert": "anatomy: refused: its projections are convolutions in groups over [features, tokens]",
+    "swiftformer": "anatomy: a layer is a convolution or an additive attention, and not each has a feed-forward",
     "switch_transformers": _EXPERTS,
+    "textnet": f"{_IMAGES}refused: a chain without one residual",
+    "timm_wrapper": "build: needs the package timm",
+    "voxtral_realtime": "build: the model takes a sound beside its text",
 }
 
 
