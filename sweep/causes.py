@@ -9,7 +9,6 @@ _LOOP = "trace: the model loops over tokens in Python, which torch.export writes
 _LIST = "trace: the model lists positions in Python, one by one, which torch.export takes for a fixed number"
 _EXPERTS = "trace: the model loops over the experts that were hit, whose number hangs on data: torch.export takes none"
 _GLOBAL = "trace: the model asks the data whether a token attends to all, and torch.export takes no branch on data"
-_INDEXER = "build: its configuration leaves open what its indexer may read (indexer_budget, indexer_compress_ratio)"
 _CODEBOOKS = "build: the model reads several codebooks a token, ids [batch · codebooks, tokens], no text's"
 _KEYS = "build: an assistant, which answers only to the keys and values of the model that it drafts for"
 _BLOCKS = "anatomy: a layer reads an attention over earlier states, and the first of a block adds to no stream"
@@ -50,11 +49,10 @@ CAUSES: dict[str, str] = {
     "musicgen": _CODEBOOKS,
     "musicgen_melody": _CODEBOOKS,
     "nllb-moe": _EXPERTS,
-    "perceiver": "oracle: its 256 latents of 1,280 features in 26 layers are sized by names of its own, and stay so",
     "pp_lcnet": "build: the model gives what its classifier says as a hidden state, not as logits",
     "prophetnet": "anatomy: the decoder attends for the next token and for those after it in products of 4 and 5 axes",
-    "qwen4_exp": _INDEXER,
-    "qwen4_exp_text": _INDEXER,
+    "qwen4_exp": "build: its configuration leaves open what its indexer may read (indexer_budget)",
+    "qwen4_exp_text": "trace: a token sees whole blocks of what the data leave visible: sizes that hang on data",
     "recurrent_gemma": _LOOP,
     "reformer": "trace: in training the model takes texts of the one length that its axial positions multiply to",
     "regnet": f"{_IMAGES}where a stage begins the skip is projected, so that no stream goes through",

@@ -10,6 +10,7 @@ import pytest
 
 from sweep.cases import EXCEPTIONS, Case, cases
 from sweep.causes import CAUSES, told
+from sweep.chain import TECHNIQUES
 from sweep.running import Limits, forget, results, run
 from sweep.table import page
 
@@ -95,5 +96,5 @@ def test_a_cause_read_in_the_code_stands_only_for_the_step_it_was_read_for() -> 
     assert told("mamba", "export: base is 1e-3 off") == "export: base is 1e-3 off"
     assert told("mamba", "") == told("bert", "") == ""
     assert CAUSES.keys() <= {case.family for case in cases()}
-    steps = {"build", "trace", "anatomy", "export"}
+    steps = {"build", "trace", "anatomy", "export", *TECHNIQUES}
     assert {line.partition(":")[0] for line in CAUSES.values()} <= steps
