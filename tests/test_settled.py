@@ -86,6 +86,21 @@ def test_a_program_that_writes_in_place_is_retraced_whole() -> None:
         assert torch.equal(answers(done, given), module(given))
 
 
+class Squared(nn.Module):
+    """Makes a tensor of sizes alone, by an operator that has no counterpart in ONNX."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.eye(x.shape[-1], dtype=x.dtype)
+
+
+def test_what_is_made_of_sizes_alone_is_decomposed_as_well() -> None:
+    x, other = torch.randn(2, 5), torch.randn(3, 9)
+    program = settled(Squared(), x)
+    assert program.run_decompositions(TABLE) is program
+    assert not {node.target for node in program.graph.nodes} & TABLE.keys()
+    assert torch.equal(answers(program, other), other)
+
+
 @pytest.mark.parametrize("way", ["the last axis", "all elements"])
 def test_a_size_that_onnxscript_does_not_read_is_put_as_one_that_it_does(way: str) -> None:
     """As a pass or a decomposition writes it down."""

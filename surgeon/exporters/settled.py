@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial, reduce
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -101,7 +103,10 @@ def _decompose(node: fx.Node, table: Mapping[Any, Any]) -> bool:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    body = make_fx(made, decomposition_table=table)(*(n.meta["val"] for n in operands)).graph
+    values = [n.meta["val"] for n in operands]
+    creates = not any(isinstance(value, Tensor) for value in values)  # of sizes alone: its value is to be a fake too
+    with (creates and detect_fake_mode(node.meta["val"])) or nullcontext():
+        body = make_fx(made, decomposition_table=table)(*values).graph
     if any(map(_whole, body.nodes)):
         return False
     graph = node.graph
