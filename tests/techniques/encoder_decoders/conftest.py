@@ -17,7 +17,7 @@ import surgeon
 from surgeon.compiler import Compiled
 
 if TYPE_CHECKING:
-    from techniques.conftest import Lab
+    from techniques.conftest import Decoding, Lab
     from transformers import PreTrainedModel
 
 LONG = 64
@@ -41,8 +41,9 @@ class Writing:
 
     long = LONG
 
-    def __init__(self, lab: Lab, root: Path) -> None:
+    def __init__(self, lab: Lab, decoding: Decoding, root: Path) -> None:
         self._lab = lab
+        self._decoding = decoding
         self._root = root
         self._known: dict[str, Built] = {}
 
@@ -93,19 +94,12 @@ class Writing:
         found = generate(inputs_embeds=given, attention_mask=mask, max_new_tokens=count, do_sample=False, **options)
         return found[0, 1:].tolist()
 
-    @staticmethod
-    def merged(made: Compiled) -> tuple[PreTrainedModel, Tensor]:
+    def merged(self, made: Compiled) -> tuple[PreTrainedModel, Tensor]:
         """The base with the LoRA of task a in its weights, and the task's prompt."""
-        model = copy.deepcopy(made.base.model)
-        tensors = made.model("a").deployed()
-        with torch.no_grad():
-            for name in [n for n in tensors if n.endswith("lora_A")]:
-                product = tensors[name] @ tensors[name.replace("lora_A", "lora_B")]
-                model.get_parameter(name.replace("lora_A", "weight")).add_(product.T)
-        return model, tensors["shared.prompt"].detach()
+        return self._decoding.merged(made), made.model("a").deployed()["shared.prompt"].detach()
 
 
 @pytest.fixture(scope="session")
-def writing(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Writing:
+def writing(lab: Lab, decoding: Decoding, tmp_path_factory: pytest.TempPathFactory) -> Writing:
     """One, so that no kind is built twice."""
-    return Writing(lab, tmp_path_factory.mktemp("writing"))
+    return Writing(lab, decoding, tmp_path_factory.mktemp("writing"))
