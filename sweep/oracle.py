@@ -34,7 +34,7 @@ def faults(model: PreTrainedModel, graph_module: fx.GraphModule, anatomy: Anatom
         *counts(model, anatomy),
         *widths(anatomy),
         *removal(model, graph_module, anatomy),
-        *peft_targets(model, anatomy),
+        *peft_targets(model, graph_module, anatomy),
     ]
 
 
@@ -239,15 +239,20 @@ def _gap(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
 
 
-def peft_targets(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[str]:
-    """What PEFT adapts by default in this family is found as a projection of an attention or a feed-forward."""
+def peft_targets(model: PreTrainedModel, graph_module: fx.GraphModule, anatomy: Anatomy) -> Iterator[str]:
+    """What PEFT adapts by default in this family is found as a projection of an attention or a feed-forward.
+
+    What the model never calls is left out: a decoder alone keeps weights that would attend to an encoder.
+    """
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
 
     wanted = TARGETS.get(model.config.model_type)
     if not isinstance(wanted, (list, tuple)):
         return
     roles = {p.path: p.role for p in anatomy.projections}
-    modules = [n for n, _ in model.named_modules() if any(n == w or n.endswith(f".{w}") for w in wanted)]
+    read = {id(p) for p in graph_module.parameters()}
+    called = [n for n, m in model.named_modules() if any(id(p) in read for p in m.parameters(recurse=False))]
+    modules = [n for n in called if any(n == w or n.endswith(f".{w}") for w in wanted)]
     odd = [
         n
         for n in modules

@@ -18,8 +18,8 @@ MAIN = ("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embed_dim")
 LAYERS = r"(\w+_)?(layers?|blocks?)|(\w+_)?depth|n_layers?_?\w*"
 KEPT = (
     r".*(per_layer|every_n|interval|nextn|residual_layers|lstm_layers|feat_extract_layers|adapter_layers|output_layer|"
-    r"feature_layer|per_block|random_blocks|mem_blocks|chunk_size_feed_forward|num_channels|max_new_tokens|"
-    r"sampling_rate|num_labels|channels|index_\w*heads)"
+    r"feature_layer|per_block|random_blocks|mem_blocks|chunk_size_feed_forward|tokenizer_chunk_size|num_channels|"
+    r"max_new_tokens|sampling_rate|num_labels|channels|index_\w*heads)"
 )
 """What is left as it is. An index scores tokens by a sum over its heads, of what is above zero: of a few heads many
 sums are zero, and which of equals are the highest is anybody's choice."""

@@ -56,9 +56,8 @@ def joins(reading: Reading) -> list[JoinOp]:
     facts = reading.facts
     active = {n for n, w in reading.weighted.items() if not w.static}
     moving = facts.bits(active) | facts.bits(n for n in facts.nodes if facts.op[n] in MIXERS)
-    found = _without_long_skips(
-        facts, [j for node in _outermost_adds(facts) if (j := _join(reading, node, moving)) is not None], moving
-    )
+    found = [j for node in _outermost_adds(facts) if (j := _join(reading, node, moving)) is not None]
+    found = _without_long_skips(facts, found, moving)
     return [_told_apart(reading, join, found) for join in found]
 
 
@@ -173,12 +172,17 @@ def _ends_projected(reading: Reading, value: Node, stream: Node) -> bool:
 
 
 def _without_long_skips(facts: Facts, found: list[JoinOp], moving: int) -> list[JoinOp]:
-    """Drop joins that bring an early state back: all their weights belong to other joins."""
+    """Drop joins that bring an early state back: all their weights belong to other joins.
+
+    These lie on the way, or the state goes into the midst of the last: a router that remembers the layer's before.
+    """
     kept = []
     for join in found:
         rest = join.interval
         for other in found:
-            if other is not join and join.interval & facts.bit(other.root):
+            on_the_way = join.interval & facts.bit(other.root)
+            into_it = other.interval & facts.bit(join.root) and join.interval & facts.bit(other.stream)
+            if other is not join and (on_the_way or into_it):
                 rest &= ~other.interval
         if rest & moving:
             kept.append(join)

@@ -194,7 +194,7 @@ def _weights_recur(reading: Reading, chain: Stack, numbers: list[int]) -> bool:
     """Whether one module number covers two calls of one weight: layers that share their weights."""
     seen: set[tuple[int, str]] = set()
     for join, number in zip(chain.joins, numbers, strict=True):
-        nodes = set(reading.facts.members(join.interval))
+        nodes = {n for s in join.sublayers for n in reading.facts.members(s.own)}
         for key in {(number, str(w.weight.target)) for n, w in reading.weighted.items() if n in nodes}:
             if key in seen:
                 return True

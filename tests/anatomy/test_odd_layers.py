@@ -1,4 +1,4 @@
-"""Layers that are laid out in unusual ways: experts on the left of their product, stacks inside a bottleneck."""
+"""Layers that are laid out in unusual ways."""
 
 from __future__ import annotations
 
@@ -84,3 +84,37 @@ def test_a_stack_inside_a_bottleneck_belongs_to_its_layer() -> None:
         home = f"mobilebert.encoder.layer.{layer}.attention"
         assert sides["attention.query"] == f"{home}.self.query"
         assert sides["attention.output"].startswith((home, home.replace("attention", "output")))
+
+
+def test_what_a_router_remembers_of_the_layer_before_is_no_sublayer() -> None:
+    """Each adds what the router before made of the same stream: a sum of two ways, with nothing of its own."""
+    sizes = {"moe_intermediate_size": 24, "router_hidden_size": 12, "num_experts": 4, "head_dim": 8}
+    auto = transformers.AutoModelForCausalLM
+    _, anatomy, _ = traced("zaya", auto, "batched_mm", num_hidden_layers=4, num_key_value_heads=2, **sizes)
+    assert anatomy.layers == {"decoder": 4}
+    wanted = [(f"residual.{kind}", layer, 32) for layer in range(4) for kind in ("attention", "ffn")]
+    assert [(j.role, j.layer, j.width) for j in anatomy.joins] == wanted
+    assert {p.role for p in anatomy.projections if ".gate." in p.path} == {"moe.router", "other"}
+
+
+def test_what_is_added_for_one_mixer_to_read_stands_in_its_layer() -> None:
+    """Attention's answer is no part of the stream: the state-space layer that reads it starts from the stream."""
+    _, anatomy, _ = traced(
+        "zamba2",
+        transformers.AutoModelForCausalLM,
+        layers_block_type=["linear_attention", "hybrid"],
+        mamba_d_state=8,
+        n_mamba_heads=4,
+        mamba_ngroups=1,
+        chunk_size=4,
+        attention_head_dim=16,
+        num_key_value_heads=4,
+        adapter_rank=4,
+        num_mem_blocks=1,
+    )
+    assert anatomy.layers == {"decoder": 2}
+    assert [(j.role, j.layer) for j in anatomy.joins] == [
+        ("residual.mixer", 0),
+        ("residual.attention", 1),
+        ("residual.mixer", 1),
+    ]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from surgeon.anatomy import Anatomy, find
 from surgeon.trace import trace
 from sweep.cases import Case, base
-from sweep.oracle import faults
+from sweep.oracle import faults, peft_targets
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +65,17 @@ def test_the_model_is_left_as_it_was(reading: tuple[PreTrainedModel, fx.GraphMod
     before = {name: t.clone() for name, t in reading[0].named_parameters()}
     faults(*reading)
     assert all(before[name].equal(t) for name, t in reading[0].named_parameters())
+
+
+def test_what_peft_adapts_and_no_site_stands_for_is_told(
+    reading: tuple[PreTrainedModel, fx.GraphModule, Anatomy],
+) -> None:
+    model, graph_module, anatomy = reading
+    (said,) = peft_targets(model, graph_module, replace(anatomy, projections=()))
+    assert said == "PEFT adapts bert.encoder.layer.0.attention.self.query, which is no site"
+
+
+def test_what_the_model_never_calls_is_not_asked_for() -> None:
+    model = base(Case("bart", "causal-lm"))  # its layers keep weights to attend to an encoder
+    graph_module = trace(model)
+    assert not list(peft_targets(model, graph_module, find(graph_module)))
