@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from surgeon.base.heads import AUTO, auto_class
@@ -92,7 +93,13 @@ def _build(case: Case, config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _runs(model: PreTrainedModel) -> None:
+    """See that it answers; what normalises over a batch takes its statistics from there, or little comes through."""
+    over_batches = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    for module in over_batches:
+        module.momentum = None
+        module.train()
     with quiet(), torch.no_grad():
         output = model(**sample_inputs(base_inputs(model), vocabulary(model), torch.device("cpu")))
+    model.eval()
     if not torch.isfinite(output.logits).all():
         raise ValueError("the random base answers with numbers that are not finite")

@@ -48,7 +48,6 @@ CAUSES: dict[str, str] = {
     "mamba": _LOOP,
     "mbart": _END,
     "mobilenet_v1": f"{_IMAGES}refused: a chain without one residual",
-    "mobilevit": "anatomy: random convolutions let nothing of its first stages through, so that no verdict is given",
     "mra": "anatomy: without its CUDA kernel the model's attention is zeros: there is none to find",
     "mt5": _END,
     "musicgen": _CODEBOOKS,
@@ -75,6 +74,7 @@ CAUSES: dict[str, str] = {
     "timm_wrapper": "build: needs the package timm",
     "umt5": _END,
     "voxtral_realtime": "build: the model takes a sound beside its text",
+    "zamba": _LOOP,
 }
 
 

@@ -54,10 +54,17 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4}
 MISSING: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},  # the model reads the one, and clips by the other
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE | {"mrope_section": [4, 2, 2]}}},
+    "efficientnet": {  # its sizes are factors
+        **{"depth_coefficient": 0.3, "width_coefficient": 0.25, "hidden_dim": 320, "image_size": 96},
+    },
     "perceiver": {"num_latents": 12, "d_latents": 64, "num_self_attends_per_block": 2},  # the sizes of its stream
     "qwen4_exp_text": {  # an indexer of keys
         **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16},
         **{"indexer_budget": 16, "indexer_compress_ratio": 4},
+    },
+    "zamba": {  # two attentions at least, of one weight
+        **{"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+        **{"hidden_size": 64, "num_attention_heads": 4, "attention_hidden_size": 128, "attention_head_dim": 32},
     },
     "xmod": {"default_language": "en_XX"},  # of its adapters one has to be chosen
 }

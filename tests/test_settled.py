@@ -120,6 +120,23 @@ def test_a_size_that_onnxscript_does_not_read_is_put_as_one_that_it_does(way: st
     np.testing.assert_array_equal(found.reshape(6, 9), Doubled()(other).numpy())
 
 
+class Thirds(nn.Module):
+    """Cuts an axis of a free size into three, the last shorter where that does not go."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = (piece.sum(1, keepdim=True) for piece in x.chunk(3, 1))
+        return torch.cat([first, second * 2, third * 3], 1)
+
+
+def test_a_free_axis_is_cut_into_pieces() -> None:
+    program, other = settled(Thirds(), torch.randn(2, 9)), torch.randn(3, 11)
+    with quiet():
+        converted = torch.onnx.export(program, (), verbose=False)
+    session = ort.InferenceSession(converted.model_proto.SerializeToString())
+    (found,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+    np.testing.assert_allclose(found, Thirds()(other), rtol=1e-6)
+
+
 def _writes(target: Any) -> bool:
     schema = getattr(target, "_schema", None)
     return schema is not None and bool(schema.is_mutable)

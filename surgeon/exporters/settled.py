@@ -94,6 +94,15 @@ def _unsettled(node: fx.Node, table: Mapping[Any, Any]) -> bool:
     return node.target in table or schema.is_mutable or (view and node.target not in IDLE)
 
 
+def _chunks(of: Tensor, chunks: int, dim: int = 0) -> list[Tensor]:
+    """`torch.chunk` by slices: onnxscript folds no split into pieces of a size that is free."""
+    pieces = of.chunk(chunks, dim)
+    if isinstance(of.shape[dim], int):
+        return list(pieces)
+    size = pieces[0].shape[dim]
+    return [aten.slice.Tensor(of, dim, i * size, (i + 1) * size) for i in range(len(pieces))]
+
+
 def _decompose(node: fx.Node, table: Mapping[Any, Any]) -> bool:
     """Put in a node's place what it is made of; False where that is not made of nodes alone."""
     operands = node.all_input_nodes
@@ -101,7 +110,8 @@ def _decompose(node: fx.Node, table: Mapping[Any, Any]) -> bool:
     def made(*values: Any) -> Any:
         given = dict(zip(operands, values, strict=True))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        target = _chunks if node.target is aten.chunk.default else node.target
+        return target(*args, **kwargs)  # type: ignore[operator]
 
     values = [n.meta["val"] for n in operands]
     creates = not any(isinstance(value, Tensor) for value in values)  # of sizes alone: its value is to be a fake too
