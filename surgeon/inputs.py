@@ -46,6 +46,8 @@ class Input:
     dtype: torch.dtype = torch.int64
     cached: bool = False
     """Whether it is a part of the cache: without earlier tokens it has no columns."""
+    end: int | None = None
+    """The token that ends every text, where the model looks for it; it stands nowhere else."""
 
     def shape(self, sizes: Mapping[str, int]) -> list[int]:
         """Its shape where the axes have these sizes."""
@@ -92,12 +94,17 @@ def base_inputs(model: PreTrainedModel) -> tuple[Input, ...]:
 
 
 def text_inputs(model: PreTrainedModel) -> tuple[Input, ...]:
-    """The inputs that a text model's forward takes and a tokenizer gives."""
+    """The inputs that a text model's forward takes and a tokenizer gives.
+
+    An encoder-decoder that writes nothing, such as a classifier, has its decoder read the text itself up to its end.
+    """
     accepted = inspect.signature(model.forward).parameters
-    known = [Input("input_ids", ("batch", "sequence")), Input("attention_mask", ("batch", "sequence"), 1)]
+    writes = model.can_generate()
+    end = model.config.eos_token_id if model.config.is_encoder_decoder and not writes else None
+    known = [Input("input_ids", ("batch", "sequence"), end=end), Input("attention_mask", ("batch", "sequence"), 1)]
     if (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
         known.append(Input("token_type_ids", ("batch", "sequence"), 0))
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder and writes:
         known.append(Input("decoder_input_ids", ("batch", "decoder_sequence")))
     return tuple(i for i in known if i.name in accepted)
 
@@ -176,9 +183,19 @@ def sample_inputs(
         shape = i.shape(sizes)
         if i.dtype.is_floating_point:
             return torch.randn(shape, generator=rng).to(i.dtype)
-        return torch.randint(low, vocabulary, shape, generator=rng) if i.fill is None else torch.full(shape, i.fill)
+        if i.fill is not None:
+            return torch.full(shape, i.fill)
+        return ended(torch.randint(low, vocabulary, shape, generator=rng), i.end)
 
     return {i.name: sample(i).to(device) for i in inputs}
+
+
+def ended(ids: Tensor, end: int | None) -> Tensor:
+    """Texts `[batch, tokens]` with the token that ends them at their end and nowhere else."""
+    if end is None:
+        return ids
+    other = torch.where(ids == end, ids + (1 if end == 0 else -1), ids)
+    return torch.cat([other[:, :-1], torch.full_like(ids[:, :1], end)], 1)
 
 
 def vocabulary(model: PreTrainedModel) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from surgeon.errors import TraceError
+from surgeon.inplace import aliases, write_apart
 
 aten = torch.ops.aten
 
@@ -23,8 +25,10 @@ def normalise(graph_module: fx.GraphModule, model: torch.nn.Module) -> None:
             graph_module.graph.erase_node(node)
     _inline_grad_blocks(graph_module)
     _refuse_transforms(graph_module)
-    _write_apart(graph_module.graph)
+    write_apart(graph_module.graph)
     _rows_before_columns(graph_module.graph)
+    _squeeze_by_axis(graph_module.graph)
+    _last_of_each_row(graph_module.graph)
     _canonical_names(graph_module, _checkpoint_names(model))
     # What nothing reads is no part of the model, though it draws a dropout.
     graph_module.graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
@@ -62,51 +66,6 @@ def _refuse_transforms(graph_module: fx.GraphModule) -> None:
             )
 
 
-def _write_apart(graph: fx.Graph) -> None:
-    """Let what writes over a value that nobody has by another name give a value of its own, for all later readers."""
-    for node in list(graph.nodes):
-        target = _functional(node.target)
-        if target is None:
-            continue
-        operand = node.args[0]
-        if not _alone(operand) or any(_aliases(user) for user in operand.users if user < node):
-            continue
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        if target(*args, **kwargs).dtype != operand.meta["val"].dtype:  # written over, it would be rounded
-            continue
-        with graph.inserting_before(node):
-            apart = graph.call_function(target, node.args, node.kwargs)
-        apart.meta = dict(node.meta)
-        operand.replace_all_uses_with(apart, lambda user, at=node: at < user)
-        node.replace_all_uses_with(apart)
-        graph.erase_node(node)
-
-
-def _functional(target: Any) -> Any:
-    """Of an operator that writes over its first operand, the one that gives a value of its own; else None."""
-    schema: Any = getattr(target, "_schema", None)
-    written = [] if schema is None else [argument.is_write for argument in schema.arguments]
-    if not any(written) or any(written[1:]) or not schema.name.endswith("_"):
-        return None
-    packet = getattr(aten, schema.name.removeprefix("aten::")[:-1], None)
-    return getattr(packet, schema.overload_name or "default", None)
-
-
-def _alone(node: fx.Node) -> bool:
-    """Whether a value is in memory that no input or weight is, and is read by no other name."""
-    while _aliases(node):
-        if not node.args or not isinstance(node.args[0], fx.Node) or len(node.args[0].users) > 1:
-            return False
-        node = node.args[0]
-    return True
-
-
-def _aliases(node: fx.Node) -> bool:
-    """Whether a value is (or may be) another's memory: a view, an input, a weight, or what was written in place."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is None or any(r.alias_info for r in schema.returns)
-
-
 def _rows_before_columns(graph: fx.Graph) -> None:
     """Give keys that one `permute` lays out as columns, `[B, heads, d, S]`, their rows first and transpose these.
 
@@ -124,6 +83,50 @@ def _rows_before_columns(graph: fx.Graph) -> None:
         rows.meta = {**node.meta, "val": node.meta["val"].transpose(-1, -2)}
         node.replace_all_uses_with(columns)
         graph.erase_node(node)
+
+
+def _squeeze_by_axis(graph: fx.Graph) -> None:
+    """Take away the axes that are of size one in every text, not those that are in one: a batch of one is a batch."""
+    for node in graph.find_nodes(op="call_function", target=aten.squeeze.default):
+        (of,) = node.args
+        ones = [axis for axis, size in enumerate(of.meta["val"].shape) if isinstance(size, int) and size == 1]
+        node.target, node.args = aten.squeeze.dims, (of, ones)
+
+
+def _last_of_each_row(graph: fx.Graph) -> None:
+    """Where a model takes the last of those places of a row that a mask picks, take it row by row.
+
+    It packs what is picked, of all rows, and cuts that into as many parts as there are rows: of another number of
+    places in one row all parts are wrong. The check that stands before it in its code is in no trace.
+    """
+    for picked in graph.find_nodes(op="call_function", target=aten.index.Tensor):
+        of, masks = picked.args
+        masked = [m for m in masks if m is not None and m.meta["val"].dtype is torch.bool]
+        if len(masks) != 1 or not masked or of.meta["val"].ndim != 3 or masked[0].meta["val"].ndim != 2:
+            continue
+        for last in [n for n in _views(picked) if n.target is aten.select.int and n.args[1:] == (1, -1)]:
+            body = make_fx(_last)(of.meta["val"], masked[0].meta["val"]).graph
+            with graph.inserting_before(last):
+                places = dict(zip(body.find_nodes(op="placeholder"), (of, masked[0]), strict=True))
+                found = graph.graph_copy(body, places)
+            assert isinstance(found, fx.Node)
+            found.meta = {**last.meta, **found.meta}
+            last.replace_all_uses_with(found)
+
+
+def _last(values: Tensor, mask: Tensor) -> Tensor:
+    """The last of each row's values `[B, S, d]` where the mask `[B, S]` holds, `[B, d]`; NaN where it holds nowhere."""
+    place = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1) - 1
+    last = values.gather(1, place.clamp(min=0)[:, None, None].expand(-1, 1, values.shape[2])).squeeze(1)
+    return torch.where((place < 0)[:, None], float("nan"), last)
+
+
+def _views(node: fx.Node) -> Iterator[fx.Node]:
+    """What is made of a value by its layout alone."""
+    for user in node.users:
+        if aliases(user) and user.args[0] is node:
+            yield user
+            yield from _views(user)
 
 
 def _checkpoint_names(model: torch.nn.Module) -> Mapping[int, str]:

@@ -17,7 +17,7 @@ from surgeon.spec import HeadName
 from sweep.shrinking import LADDER, Sizes, parts, tiny
 
 HEADS: tuple[HeadName, ...] = (
-    "seq2seq-lm",  # first: classifiers of encoder-decoders want an end in every text, which hangs on data
+    "seq2seq-lm",
     "sequence-classification",
     "causal-lm",
     "masked-lm",

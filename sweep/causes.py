@@ -9,15 +9,12 @@ _LOOP = "trace: the model loops over tokens in Python, which torch.export writes
 _LIST = "trace: the model lists positions in Python, one by one, which torch.export takes for a fixed number"
 _EXPERTS = "trace: the model loops over the experts that were hit, whose number hangs on data: torch.export takes none"
 _GLOBAL = "trace: the model asks the data whether a token attends to all, and torch.export takes no branch on data"
-_END = "build: the classifier wants the text in the decoder too, and looks there for the end token by the data"
 _CODEBOOKS = "build: the model reads several codebooks a token, ids [batch · codebooks, tokens], no text's"
 _KEYS = "build: an assistant, which answers only to the keys and values of the model that it drafts for"
 _BLOCKS = "anatomy: a layer reads an attention over earlier states, and the first of a block adds to no stream"
 _IMAGES = "anatomy: convolutions only, no Transformer: "
 
 CAUSES: dict[str, str] = {
-    "bart": _END,
-    "bigbird_pegasus": _END,
     "bit": f"{_IMAGES}each standardises its weight at every call, so that none meets the data as it is stored",
     "blt": "trace: the model cuts a text into patches whose number torch.export takes for fixed",
     "bros": "build: the model asks for the boxes of words on their page (bbox), which no text has",
@@ -46,15 +43,11 @@ CAUSES: dict[str, str] = {
     "longcat_flash": _EXPERTS,
     "longformer": _GLOBAL,
     "mamba": _LOOP,
-    "mbart": _END,
     "mobilenet_v1": f"{_IMAGES}refused: a chain without one residual",
     "mra": "anatomy: without its CUDA kernel the model's attention is zeros: there is none to find",
-    "mt5": _END,
     "musicgen": _CODEBOOKS,
     "musicgen_melody": _CODEBOOKS,
-    "mvp": _END,
     "nllb-moe": _EXPERTS,
-    "plbart": _END,
     "pp_lcnet": "build: the model gives what its classifier says as a hidden state, not as logits",
     "prophetnet": "anatomy: the decoder attends for the next token and for those after it in products of 4 and 5 axes",
     "qwen4_exp": "build: its configuration leaves open what its indexer may read (indexer_budget)",
@@ -69,10 +62,8 @@ CAUSES: dict[str, str] = {
     "squeezebert": "anatomy: refused: its projections are convolutions in groups over [features, tokens]",
     "swiftformer": "anatomy: a layer is a convolution or an additive attention, and not each has a feed-forward",
     "switch_transformers": _EXPERTS,
-    "t5": _END,
     "textnet": f"{_IMAGES}refused: a chain without one residual",
     "timm_wrapper": "build: needs the package timm",
-    "umt5": _END,
     "voxtral_realtime": "build: the model takes a sound beside its text",
     "zamba": _LOOP,
 }

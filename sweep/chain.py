@@ -18,7 +18,7 @@ from surgeon.base import open_base
 from surgeon.base.opening import Base
 from surgeon.compiler import Compiled, begin, passes
 from surgeon.exporters.onnx import OnnxExporter
-from surgeon.inputs import base_inputs, vocabulary
+from surgeon.inputs import base_inputs, ended, vocabulary
 from surgeon.model import TaskModel
 from surgeon.module import copied
 from surgeon.pipeline import run_passes
@@ -196,13 +196,16 @@ def feed(model: PreTrainedModel, batch: int, length: int, pad: int) -> dict[str,
         if i.dtype.is_floating_point:
             given[i.name] = torch.randn(shape, generator=draw)
         elif i.fill is None:
-            given[i.name] = torch.randint(min(3, rows - 1), min(rows, 100), shape, generator=draw)
+            given[i.name] = ended(torch.randint(min(3, rows - 1), min(rows, 100), shape, generator=draw), i.end)
         elif i.fill == 1:
             given[i.name] = torch.ones(shape, dtype=i.dtype)
     main, mask = next(iter(given.values())), given.get("attention_mask")
     if mask is not None and pad:
         hidden = mask.shape[1] * pad // length
+        ends = main[:1, -1:].clone()
         mask[0, -hidden:], main[0, -hidden:] = 0, 0 if main.is_floating_point() else model.config.pad_token_id or 0
+        if base_inputs(model)[0].end is not None:
+            main[:1, -hidden - 1 : -hidden] = ends
     return given
 
 

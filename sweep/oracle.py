@@ -47,7 +47,7 @@ def counts(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[str]:
     again and again).
     """
     stages = getattr(model.config, "depths", None)
-    total, crossed = (sum(stages), None) if stages else wanted(model.config)
+    total, crossed = (sum(stages), None) if stages else wanted(model)
     if total is None:
         return
     main = [s for s in anatomy.layers if s in {"encoder", "decoder"}]
@@ -79,8 +79,12 @@ def _counted(anatomy: Anatomy, stacks: Sequence[str], total: int, between: int) 
     return f"{mixing} mixing and {feeding} feed-forward sublayers in {total} layers"
 
 
-def wanted(config: PretrainedConfig) -> tuple[int | None, int | None]:
-    """The layers that a configuration says, in encoder and decoder together; and those that attend to the encoder."""
+def wanted(model: PreTrainedModel) -> tuple[int | None, int | None]:
+    """The layers that a configuration says, in encoder and decoder together; and those that attend to the encoder.
+
+    A classifier may be of an encoder alone: its decoder is then what the encoder is in.
+    """
+    config = model.config
     if not config.is_encoder_decoder:
         return depths(config).get("num_hidden_layers"), None
     within = [getattr(config, side, None) for side in ("encoder", "decoder")]
@@ -91,7 +95,7 @@ def wanted(config: PretrainedConfig) -> tuple[int | None, int | None]:
         fields = depths(config)
         encoder = fields.get("encoder_layers") or fields.get("num_encoder_layers") or fields.get("num_hidden_layers")
         decoder = fields.get("decoder_layers") or fields.get("num_decoder_layers")
-    if encoder is None or decoder is None:
+    if encoder is None or decoder is None or model.get_encoder() in model.get_decoder().modules():
         return encoder, None
     return encoder + decoder, decoder
 

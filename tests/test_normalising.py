@@ -20,8 +20,8 @@ from sweep.chain import attempt, surgery
 D, HEADS = 24, 3
 
 
-def normal(module: nn.Module, *inputs: Tensor) -> fx.GraphModule:
-    exported = torch.export.export(module.train(), inputs, strict=False)
+def normal(module: nn.Module, *inputs: Tensor, dims: Any = None) -> fx.GraphModule:
+    exported = torch.export.export(module.train(), inputs, dynamic_shapes=dims, strict=False)
     unlifted = exported.module(check_guards=False)
     graph_module = fx.GraphModule(unlifted, unlifted.graph)
     normalise(graph_module, module)
@@ -65,6 +65,45 @@ def test_what_another_name_reads_stays_written_over() -> None:
     found = graph(x)
     torch.manual_seed(1)
     assert torch.equal(found, Careless(seen=True)(x))
+
+
+class Shifted(nn.Module):
+    """Moves a text by one, as a decoder reads it, and writes what begins it in front; a batch of one stays a batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.new_zeros(x.shape)
+        y[:, 1:] = x[:, :-1].clone()
+        y[:, 0] = x.gather(1, (x.ne(0).sum(1) - 1).unsqueeze(-1)).squeeze()
+        return y
+
+
+def test_what_is_written_over_in_part_is_a_value_of_its_own() -> None:
+    x = torch.tensor([[5, 6, 0], [7, 8, 9]])
+    dims = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    graph = normal(Shifted(), x, dims=(dims,))
+    assert not any(name.split(".")[1].endswith("_") for name in names(graph) if name.startswith("aten."))
+    (given,) = graph.graph.find_nodes(op="placeholder")
+    assert given in ancestors(graph.graph.output_node())
+    for text in (x, x[:1], torch.tensor([[4, 3, 2, 1]])):
+        assert torch.equal(graph(text), Shifted()(text))
+
+
+class Ending(nn.Module):
+    """Packs the places of a text's ends, as many in each row, and takes each row's last."""
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        ends = ids.eq(2)
+        return x[ends, :].view(x.size(0), -1, x.size(-1))[:, -1, :]
+
+
+def test_the_last_place_that_a_mask_picks_is_each_rows_own() -> None:
+    x, ids = torch.randn(2, 5, 3), torch.tensor([[4, 2, 5, 2, 0], [2, 4, 4, 4, 2]])
+    graph = normal(Ending(), x, ids)
+    assert torch.equal(graph(x, ids), Ending()(x, ids))
+    odd = torch.tensor([[4, 2, 5, 2, 2], [4, 4, 4, 4, 4]])  # three ends, and none
+    found = graph(x, odd)
+    assert torch.equal(found[0], x[0, 4])
+    assert found[1].isnan().all()
 
 
 class Idle(nn.Module):

@@ -10,6 +10,8 @@ from surgeon.anatomy.probe import integers
 from surgeon.anatomy.stacks import Stack, stack_below
 from surgeon.anatomy.weighted import WeightedOp
 
+FILLS = (1, 7)
+"""Texts of one token each: what a table is indexed by is told by what becomes of them."""
 SAME_IDS = LAYOUTS | {"clamp", "masked_fill", "slice", "where"}
 
 
@@ -49,7 +51,11 @@ def _embedding_role(facts: Facts, node: Node) -> str:
         ids = facts.inputs[ids][0]
     if ids.op == "placeholder":
         return "embedding.token"
-    values = [v for fill in (1, 7) if (v := integers(facts, index(node), fill)) is not None]
+    values = [v for fill in FILLS if (v := integers(facts, index(node), fill)) is not None]
+    if len(values) == len(FILLS) and values[0].shape == values[1].shape:
+        own = [v == fill for v, fill in zip(values, FILLS, strict=True)]
+        if (own[0] & own[1]).float().mean() > 0.5:  # ids, but for what begins a decoder's text
+            return "embedding.token"
     rows = [v.reshape(-1, v.shape[-1]) for v in values if v.ndim and v.shape[-1] > 1]
     if any(bool((r.diff(dim=-1) == 1).all()) for r in rows):
         return "embedding.position" if rank(index(node)) <= 2 and _rowwise(facts, index(node)) else "embedding.relative"

@@ -110,8 +110,8 @@ def _decompose(node: fx.Node, table: Mapping[Any, Any]) -> bool:
     def made(*values: Any) -> Any:
         given = dict(zip(operands, values, strict=True))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
-        target = _chunks if node.target is aten.chunk.default else node.target
-        return target(*args, **kwargs)  # type: ignore[operator]
+        target: Any = _chunks if node.target is aten.chunk.default else node.target
+        return target(*args, **kwargs)
 
     values = [n.meta["val"] for n in operands]
     creates = not any(isinstance(value, Tensor) for value in values)  # of sizes alone: its value is to be a fake too

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
-from surgeon.dataflow import ancestors
+from surgeon.dataflow import ancestors, descendants
 from surgeon.inputs import sample_inputs
 from surgeon.ledger import Delta
 from surgeon.program import Program
@@ -49,7 +49,7 @@ def position_operands(program: Program, stack: str) -> Iterator[tuple[fx.Node, f
             # What counts the places of a fixed size, an image's, has no room for more of them.
             if axis is None or not isinstance(operand.meta["val"].shape[axis], torch.SymInt):
                 continue
-            if _stack_of(program, operand, axis) == stack:
+            if _stack_of(program, node, operand, axis) == stack:
                 yield node, operand
 
 
@@ -83,14 +83,18 @@ def ramp_axis(t: Tensor) -> int | None:
     return None
 
 
-def _stack_of(program: Program, operand: fx.Node, axis: int) -> str:
-    """The stack whose tokens these are positions of: the one whose input has this length."""
+def _stack_of(program: Program, reader: fx.Node, operand: fx.Node, axis: int) -> str:
+    """The stack whose tokens these are positions of: the one whose input has this length.
+
+    Where one text is read by both, the one that the positions come to first.
+    """
     length = operand.meta["val"].shape[axis]
     stacks = list(program.anatomy.layers)
     decoder = [n for n in program.graph.nodes if n.op == "placeholder" and n.name == "decoder_input_ids"]
-    if len(stacks) < 2 or not decoder:
-        return stacks[-1]
-    return "decoder" if decoder[0].meta["val"].shape[1] == length else "encoder"
+    if decoder and len(stacks) > 1:
+        return "decoder" if decoder[0].meta["val"].shape[1] == length else "encoder"
+    below = descendants(reader)
+    return next((j.stack for j in program.anatomy.joins if program.current(j.add) in below), stacks[-1])
 
 
 def _behind_cumsum(operand: fx.Node) -> fx.Node:

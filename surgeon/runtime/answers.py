@@ -48,6 +48,12 @@ def answers(outputs: Mapping[str, Array], labels: Sequence[str] | None) -> list[
     names = [str(i) for i in range(logits.shape[1])] if labels is None else labels
     if len(names) != logits.shape[1]:
         raise DataError(f"the model gives {logits.shape[1]} logits for {len(names)} labels", there_is=shorten(names))
+    known = np.isfinite(logits.sum(axis=1))  # never where an element is not
+    if not known.all():
+        raise DataError(
+            f"the logits of {(~known).sum()} in {len(known)} rows are not finite, of row {known.argmin()} first",
+            try_="where its class reads them at the token that ends a text, end each text with that: tokenizers do",
+        )
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
     return [_answer(row, names) for row in shifted / shifted.sum(axis=1, keepdims=True)]
 

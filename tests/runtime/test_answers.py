@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from surgeon.errors import BuildError, DataError, SpecError
 from surgeon.runtime import Session
+from surgeon.runtime.answers import answers
 from surgeon.runtime.manifest import Port
 from surgeon.runtime.text import Texts
 
@@ -136,6 +137,11 @@ def test_texts_are_cut_to_what_the_base_takes_or_to_less(session):
     assert session.encode(["w2 " * 40])["input_ids"].shape == (1, 16)
     assert session.encode(["w2 " * 40], max_length=5)["input_ids"].shape == (1, 5)
     assert session.encode([("w2 w3", "w4")])["input_ids"].tolist() == [[2, 3, 4]]
+
+
+def test_an_answer_that_is_not_finite_is_no_label() -> None:
+    with pytest.raises(DataError, match="the logits of 1 in 2 rows are not finite, of row 1 first"):
+        answers({"logits": np.array([[1.0, 2.0], [np.nan, np.nan]], np.float32)}, ["a", "b"])
 
 
 def tokenizer_with(special):
