@@ -1,8 +1,9 @@
-"""What a node is computed from, and what is computed from it."""
+"""What a node is computed from, and what is computed from it; and nodes that stand in another's place."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
@@ -54,3 +55,11 @@ def _shares(node: fx.Node) -> bool:
 
 def _schema(node: fx.Node) -> Any:
     return getattr(node.target, "_schema", None)
+
+
+def call_as(of: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> fx.Node:
+    """A call in the name of another node, where that one's graph is being written, with the value it gives."""
+    node = of.graph.call_function(target, args, dict(kwargs or {}))
+    given, named = fx.node.map_arg((args, dict(kwargs or {})), lambda n: n.meta["val"])
+    node.meta = {**of.meta, "val": target(*given, **named)}
+    return node

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from surgeon.dataflow import call_as
+
 aten = torch.ops.aten
 
 SCATTERS: dict[Any, Any] = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
@@ -34,10 +36,10 @@ def write_apart(graph: fx.Graph) -> None:
             continue
         with graph.inserting_before(node):
             copies = target is aten.copy.default
-            written = _copied(graph, node) if copies else _call(graph, target, node, node.args, node.kwargs)
+            written = _copied(node) if copies else call_as(node, target, node.args, node.kwargs)
             apart = written
             for view in reversed(views):
-                apart = _call(graph, SCATTERS[view.target], node, (view.args[0], apart, *view.args[1:]), {})
+                apart = call_as(node, SCATTERS[view.target], (view.args[0], apart, *view.args[1:]))
         whole.replace_all_uses_with(apart, lambda user, at=node: at < user)
         node.replace_all_uses_with(written)
         graph.erase_node(node)
@@ -54,22 +56,14 @@ def _read_later(view: fx.Node, than: fx.Node) -> bool:
     return any(than < user or (aliases(user) and _read_later(user, than)) for user in view.users)
 
 
-def _call(graph: fx.Graph, target: Any, of: fx.Node, args: Any, kwargs: Any) -> fx.Node:
-    """A call in the place of another, with its value."""
-    node = graph.call_function(target, args, kwargs)
-    given, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-    node.meta = {**of.meta, "val": target(*given, **named)}
-    return node
-
-
-def _copied(graph: fx.Graph, node: Any) -> Any:
+def _copied(node: Any) -> Any:
     """What is copied, in the type and the shape of what it is written over: `aten.copy` itself has no derivative."""
     place, written = node.args[:2]
     over, value = place.meta["val"], written.meta["val"]
     if value.dtype != over.dtype:
-        written = _call(graph, aten.to.dtype, node, (written, over.dtype), {})
+        written = call_as(node, aten.to.dtype, (written, over.dtype))
     if [*map(str, value.shape)] != [*map(str, over.shape)]:
-        written = _call(graph, aten.expand_as.default, node, (written, place), {})
+        written = call_as(node, aten.expand_as.default, (written, place))
     return written
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from surgeon.einsums import spell_out
 from surgeon.errors import TraceError
 from surgeon.inplace import aliases, write_apart
 
@@ -26,6 +27,7 @@ def normalise(graph_module: fx.GraphModule, model: torch.nn.Module) -> None:
     _inline_grad_blocks(graph_module)
     _refuse_transforms(graph_module)
     write_apart(graph_module.graph)
+    spell_out(graph_module.graph)
     _rows_before_columns(graph_module.graph)
     _squeeze_by_axis(graph_module.graph)
     _last_of_each_row(graph_module.graph)

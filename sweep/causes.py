@@ -49,7 +49,6 @@ CAUSES: dict[str, str] = {
     "musicgen_melody": _CODEBOOKS,
     "nllb-moe": _EXPERTS,
     "pp_lcnet": "build: the model gives what its classifier says as a hidden state, not as logits",
-    "prophetnet": "anatomy: the decoder attends for the next token and for those after it in products of 4 and 5 axes",
     "qwen4_exp": "build: its configuration leaves open what its indexer may read (indexer_budget)",
     "qwen4_exp_text": "trace: a token sees whole blocks of what the data leave visible: sizes that hang on data",
     "recurrent_gemma": _LOOP,

@@ -101,7 +101,11 @@ def wanted(model: PreTrainedModel) -> tuple[int | None, int | None]:
 
 
 def widths(anatomy: Anatomy) -> Iterator[str]:
-    """Query, key, value and output of every attention, as wide as its heads together."""
+    """Query, key, value and output of every attention, as wide as its heads together.
+
+    Where weights are told to be no sites, such as those of three axes, sides may be missing.
+    """
+    told = any("are no sites" in note for note in anatomy.notes)
     by_place: dict[tuple[str, int | None, str], list[Projection]] = defaultdict(list)
     for p in anatomy.projections:
         kind, _, side = p.role.partition(".")
@@ -111,7 +115,8 @@ def widths(anatomy: Anatomy) -> Iterator[str]:
         sides = {side: [p for p in by_place[place] if p.role.endswith(side)] for side in SIDES}
         at = f"{place[2]} of layer {place[1]} in {place[0]}"
         if missing := [side for side, found in sides.items() if not found]:
-            yield f"{at} has no {', '.join(missing)}"
+            if not told:
+                yield f"{at} has no {', '.join(missing)}"
             continue
         site = group[0]
         experts = any(p.weight_node.meta["val"].ndim > 2 for found in sides.values() for p in found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -106,6 +107,28 @@ def test_the_last_place_that_a_mask_picks_is_each_rows_own() -> None:
     assert found[1].isnan().all()
 
 
+class Summed(nn.Module):
+    """Attention and its projections as Einstein sums, of queries and keys in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Parameter(torch.randn(12, 12)) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = torch.einsum("b s d, d k -> b s k", x, self.query).view(2, -1, 3, 4)
+        k, v = (torch.einsum("kd,bsd->bsk", w, x).view(2, -1, 3, 4) for w in (self.key, self.value))
+        scores = torch.einsum("bjhd,bihd->bhij", k, q).softmax(-1)
+        mixed = torch.einsum("bhij,bjhd->bihd", scores, v).reshape(2, -1, 12)
+        return mixed @ self.out + torch.einsum("bsd,bsd->bs", x, x)[..., None]
+
+
+def test_einsums_that_are_matrix_products_are_spelled_as_such() -> None:
+    module, x = Summed(), torch.randn(2, 5, 12)
+    graph = normal(module, x)
+    assert len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.einsum.default)) == 1
+    torch.testing.assert_close(graph(x), module(x))
+
+
 class Idle(nn.Module):
     """Does work that nothing reads, and that drops out."""
 
@@ -151,9 +174,16 @@ def test_keys_laid_out_as_columns_are_rows_first() -> None:
 class KrausConfig(PretrainedConfig):
     model_type = "kraus"
 
+    def __init__(self, sums: bool = False, **rest: Any) -> None:
+        super().__init__(**rest)
+        self.sums = sums
+
 
 class Kraus(PreTrainedModel):
-    """Keys laid out as columns, probabilities written over, a batch norm, and numbers in front of integers."""
+    """Keys laid out as columns, probabilities written over, a batch norm, and numbers in front of integers.
+
+    Or its attention's products as Einstein sums.
+    """
 
     config_class = KrausConfig
 
@@ -174,17 +204,21 @@ class Kraus(PreTrainedModel):
         hidden = (1.0 - seen)[:, None, None, :]
         x = self.norm(self.words(input_ids).transpose(1, 2)).transpose(1, 2)
         q, k, v = (m(x).view(*x.shape[:2], HEADS, D // HEADS) for m in (self.q, self.k, self.v))
-        weights = torch.softmax(q.transpose(1, 2) @ k.permute(0, 2, 3, 1) - 1e4 * hidden, -1)
+        sums = self.config.sums
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) if sums else q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+        weights = torch.softmax(scores - 1e4 * hidden, -1)
         weights.masked_fill_(hidden > 0, 0.0)
-        mixed = weights @ v.transpose(1, 2)
-        x = x + self.o(mixed.transpose(1, 2).flatten(2))
+        mixed = torch.einsum("bhij,bjhd->bihd", weights, v) if sums else (weights @ v.transpose(1, 2)).transpose(1, 2)
+        x = x + self.o(mixed.flatten(2))
         x = x + self.down(torch.relu(self.up(x)))
         return SequenceClassifierOutput(logits=self.out(self.drop((x * seen.unsqueeze(-1)).sum(1))))
 
 
-def test_a_model_of_all_these_goes_the_whole_way() -> None:
+@pytest.mark.parametrize("sums", [False, True])
+def test_a_model_of_all_these_goes_the_whole_way(sums: bool) -> None:
+    """With its attention as products, and as Einstein sums."""
     torch.manual_seed(0)
-    model: Any = Kraus(KrausConfig(num_labels=3, pad_token_id=0)).eval()
+    model: Any = Kraus(KrausConfig(num_labels=3, pad_token_id=0, sums=sums)).eval()
     model.norm.running_mean.normal_(), model.norm.running_var.uniform_(0.5, 2.0)
     graph_module = trace(model)
     anatomy = find(graph_module)

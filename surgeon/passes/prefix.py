@@ -95,6 +95,12 @@ class Prefix(Pass):
         pairs = []
         words = self._of_words(program, sites) if self.start == "words" else {}
         for site in sites:
+            other = next(s for s in sites if s.label == site.label)
+            if other.kv_heads != site.kv_heads:
+                raise CompositionError(
+                    f"{site.label} is two attentions, of {other.kv_heads} and of {site.kv_heads} heads: no prefix fits",
+                    try_="other techniques, or `where` with other attentions",
+                )
             layer = f"layer_{site.layer}" if shared else ""
             shape, free = (site.kv_heads, self.length), {1: symbol}
             key, value = (

@@ -180,6 +180,14 @@ def test_attentions_that_add_their_scores_to_each_others_get_no_prefix(lab):
     lab.forget(model)
 
 
+def test_two_attentions_in_one_of_other_heads_get_no_prefix(lab):
+    """ProphetNet's, for the next token and, with other axes, for those after it."""
+    model = base(Case("prophetnet", "causal-lm"))
+    with pytest.raises(CompositionError, match="decoder/attention@0 is two attentions, of 4 and of 2 heads"):
+        lab.operate(model, PREFIX)
+    lab.forget(model)
+
+
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_behind_a_prompt_the_positions_move_up_too(kind, lab):
     """The prompt's tokens are in the graph's lengths, so the positions it counts hold a delta's size."""

@@ -1,0 +1,55 @@
+"""Einstein sums spelled as matrix products, the form in which anatomy reads attention and projections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from surgeon.dataflow import call_as
+
+aten = torch.ops.aten
+
+
+def spell_out(graph: fx.Graph) -> None:
+    """Put a matrix product in the place of every einsum of two operands that is one.
+
+    One letter is summed over, one is the columns' own, and one the rows' own, or several where nothing is batched.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.einsum.default):
+        said, operands = node.args[:2]
+        terms, _, out = said.replace(" ", "").partition("->")
+        pair = list(zip(terms.split(","), operands, strict=True))
+        if len(pair) != 2 or not out or not (terms + out).replace(",", "").isalpha():
+            continue
+        if out[-1] in pair[0][0]:
+            pair.reverse()  # the columns are the second operand's, as keys are
+        (left, rows_of), (right, columns_of) = pair
+        batch = [i for i in out if i in left and i in right]
+        rows = [i for i in out if i in left and i not in right]
+        columns = [i for i in out if i in right and i not in left]
+        summed = [i for i in left if i in right and i not in out]
+        each_once = sorted([*batch, *rows, *summed]) == sorted(left) and sorted([*batch, *columns, *summed]) == sorted(
+            right
+        )
+        fits = len(rows) == 1 or (rows and not batch)
+        if not each_once or len(summed) != 1 or len(columns) != 1 or not fits:
+            continue
+        with graph.inserting_before(node):
+            a = _laid_out(node, rows_of, left, [*batch, *rows, *summed])
+            if [*right] == [*batch, *summed, *columns]:
+                b = columns_of
+            else:
+                b = _laid_out(node, columns_of, right, [*batch, *columns, *summed])
+                b = call_as(node, aten.transpose.int, (b, -1, -2))
+            product = call_as(node, aten.matmul.default, (a, b))
+            product = _laid_out(node, product, [*batch, *rows, *columns], [*out])
+        node.replace_all_uses_with(product)
+        graph.erase_node(node)
+
+
+def _laid_out(of: fx.Node, value: Any, have: Any, want: list[str]) -> Any:
+    """A value with its axes in another order."""
+    order = [[*have].index(letter) for letter in want]
+    return value if order == sorted(order) else call_as(of, aten.permute.default, (value, order))
