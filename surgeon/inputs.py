@@ -99,8 +99,10 @@ def text_inputs(model: PreTrainedModel) -> tuple[Input, ...]:
     An encoder-decoder that writes nothing, such as a classifier, has its decoder read the text itself up to its end.
     """
     accepted = inspect.signature(model.forward).parameters
-    writes = model.can_generate()
-    end = model.config.eos_token_id if model.config.is_encoder_decoder and not writes else None
+    decodes = accepted.get("decoder_input_ids")
+    writes = model.can_generate() or (decodes is not None and decodes.default is decodes.empty)
+    ends = model.config.eos_token_id if model.config.is_encoder_decoder and not writes else None
+    end = ends if isinstance(ends, int) else None
     known = [Input("input_ids", ("batch", "sequence"), end=end), Input("attention_mask", ("batch", "sequence"), 1)]
     if (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
         known.append(Input("token_type_ids", ("batch", "sequence"), 0))
