@@ -11,7 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -245,15 +245,38 @@ def _traceable(model: PreTrainedModel, cached: Sequence[str] | None) -> Iterator
             setattr(config, key, wanted[key])
         for module, key, _ in attributes:
             setattr(module, key, 0.0)
-        if cached is not None:
-            # Without gradients: attention of a mask that requires them is laid out in another way.
-            with cached_forward(model, cached), torch.no_grad():
+        with _masks_by_broadcast():
+            if cached is None:
                 yield
-        else:
-            yield
+            else:
+                # Without gradients: attention of a mask that requires them is laid out in another way.
+                with cached_forward(model, cached), torch.no_grad():
+                    yield
     finally:
         for owner, key, value in [*saved, *attributes]:
             setattr(owner, key, value)
+
+
+@contextmanager
+def _masks_by_broadcast() -> Iterator[None]:
+    """Have transformers make every mask by broadcasting, as it does when it exports: a trace holds no vmap."""
+    from transformers import masking_utils
+    from transformers.exporters.utils import patch_attributes
+
+    def expansion(_: Any) -> Any:
+        def expand(mask_function: Any) -> Any:
+            def expanded(*axes: Tensor) -> Tensor:
+                mask: Tensor = mask_function(*masking_utils._non_vmap_expansion_sdpa(*axes))
+                return mask.expand([axis.shape[0] for axis in axes])
+
+            return expanded
+
+        return expand
+
+    patches: Any = patch_attributes
+    places = [("_vmap_expansion_sdpa", expansion), ("TransformGetItemToIndex", lambda _: nullcontext)]
+    with patches([(masking_utils, name, factory) for name, factory in places]):
+        yield
 
 
 @contextmanager

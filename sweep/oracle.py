@@ -53,7 +53,9 @@ def counts(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[str]:
     main = [s for s in anatomy.layers if s in {"encoder", "decoder"}]
     told = [_counted(anatomy, stacks, total, max(len(stages or ()) - 1, 0)) for stacks in ([*anatomy.layers], main)]
     crossing = len({(j.stack, j.skip) for j in anatomy.joins if j.role == "residual.cross_attention"})
-    if crossed is not None and crossing != crossed:
+    # Where a decoder attends to itself and to the encoder in one, it is called a decoder for that.
+    merged = not crossing and {"encoder", "decoder"} <= anatomy.layers.keys()
+    if crossed is not None and crossing != crossed and not merged:
         yield f"{crossing} cross-attentions in {crossed} decoder layers"
     if not stages and None not in told:
         yield from (said for said in told[-1:] if said)

@@ -62,13 +62,16 @@ def stacks(reading: Reading, joins: list[JoinOp]) -> list[Stack]:
 def places(reading: Reading, chains: list[Stack]) -> tuple[list[Place], list[str]]:
     """Every sublayer with its stack, layer and kind, in graph order; and notes on what was ambiguous."""
     notes = []
-    kinds = {s: _crossing(reading, s, chain, chains) for chain in chains for j in chain.joins for s in j.sublayers}
+    all_of = [(chain, s) for chain in chains for j in chain.joins for s in j.sublayers]
+    sources = {s: _sources(reading, s, chain, chains) for chain, s in all_of}
+    kinds = {s: "cross_attention" if sources[s] and chain not in sources[s] else s.kind for chain, s in all_of}
+    reads = {chain for chain, s in all_of if sources[s] - {chain, None}}
     nested = _nested(reading.facts, chains)
     free = [chain for chain in chains if chain not in nested]
     for chain in free:
         chain.layers, note = _layers(reading, chain, kinds)
         notes += note
-    _name(reading.facts, free, kinds)
+    _name(reading.facts, free, reads)
     for chain, (outer, join) in nested.items():
         chain.name, chain.layers = outer.name, [outer.layers[outer.joins.index(join)]] * len(chain.joins)
     found = [
@@ -117,17 +120,12 @@ def _latest(facts: Facts, nodes: int, chains: list[Stack]) -> Stack | None:
     return max(found, key=lambda f: f[0])[1] if found else None
 
 
-def _crossing(reading: Reading, sublayer: Sublayer, chain: Stack, chains: list[Stack]) -> str:
-    """`cross_attention` where no key comes from this sublayer's own stream but all from another stack."""
-    if sublayer.kind != "attention":
-        return sublayer.kind
+def _sources(reading: Reading, sublayer: Sublayer, chain: Stack, chains: list[Stack]) -> set[Stack | None]:
+    """The stacks that an attention's keys come from: its own, where they are projected in it; None for no stack."""
     facts = reading.facts
     operands = [facts.written(core.scores, core.key) for core in sublayer.cores]
     keys = [op for operand in operands for op in facts.nearest_above(operand, reading.weighted)]
-    if not keys or any(sublayer.own & facts.bit(op) for op in keys):
-        return sublayer.kind
-    sources = {stack_above(reading, op, chains) for op in keys}
-    return "cross_attention" if chain not in sources else sublayer.kind
+    return {chain if sublayer.own & facts.bit(op) else stack_above(reading, op, chains) for op in keys}
 
 
 def _layers(reading: Reading, chain: Stack, kinds: dict[Sublayer, str]) -> tuple[list[int | None], list[str]]:
@@ -202,11 +200,14 @@ def _weights_recur(reading: Reading, chain: Stack, numbers: list[int]) -> bool:
     return False
 
 
-def _name(facts: Facts, chains: list[Stack], kinds: dict[Sublayer, str]) -> None:
-    """The stack that attends across is the decoder, the one it reads the encoder; a lone one goes by its mask."""
+def _name(facts: Facts, chains: list[Stack], reads: set[Stack]) -> None:
+    """The stack that attends to another, also beside itself, is the decoder, the one that it `reads` the encoder.
+
+    A lone one goes by its mask.
+    """
     if not chains:
         return
-    deep = [c for c in chains if any(kinds[s] == "cross_attention" for j in c.joins for s in j.sublayers)]
+    deep = [c for c in chains if c in reads]
     main = max(chains, key=lambda c: len(c.joins))
     if deep:
         names = {deep[0]: "decoder"}

@@ -173,12 +173,12 @@ def test_a_sliding_window_is_a_mask_and_moves_with_the_text(kind: str) -> None:
 
 
 def test_weights_of_three_axes_are_told_and_are_no_sites() -> None:
-    """XLNet: queries, keys, values and outputs are einsums, so its attention counts as a mixer that nothing touches."""
+    """XLNet: queries, keys, values and outputs are einsums with these; the attention itself is one as any other."""
     anatomy = anatomy_of("xlnet")
     assert [(j.layer, j.role) for j in anatomy.joins] == [
-        (layer, role) for layer in range(2) for role in ("residual.mixer", "residual.ffn")
+        (layer, role) for layer in range(2) for role in ("residual.attention", "residual.ffn")
     ]
-    assert anatomy.attentions == ()
+    assert [(a.layer, a.heads, a.kv_heads) for a in anatomy.attentions] == [(0, 4, 4), (1, 4, 4)]
     assert [(p.layer, p.role) for p in anatomy.projections] == [
         (layer, role) for layer in range(2) for role in ("ffn.up", "ffn.down")
     ]

@@ -11,6 +11,7 @@ from torch import fx
 from surgeon.anatomy import Anatomy, find
 from surgeon.inputs import sample_inputs, text_inputs
 from surgeon.trace import trace
+from sweep.cases import Case, base
 
 SIZES = {"vocab_size": 131, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"intermediate_size": 48, "max_position_embeddings": 40, "pad_token_id": 0}
@@ -118,3 +119,10 @@ def test_what_is_added_for_one_mixer_to_read_stands_in_its_layer() -> None:
         ("residual.attention", 1),
         ("residual.mixer", 1),
     ]
+
+
+def test_a_decoder_that_attends_to_itself_and_to_the_encoder_in_one_is_a_decoder() -> None:
+    """T5Gemma 2, whose masks are made by a vmap outside of a trace."""
+    anatomy = find(trace(base(Case("t5gemma2", "sequence-classification"))))
+    assert anatomy.layers == {"encoder": 2, "decoder": 2}
+    assert {(a.stack, a.role) for a in anatomy.attentions} == {("encoder", "attention"), ("decoder", "attention")}
