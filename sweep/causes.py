@@ -64,6 +64,7 @@ CAUSES: dict[str, str] = {
     "textnet": f"{_IMAGES}refused: a chain without one residual",
     "timm_wrapper": "build: needs the package timm",
     "voxtral_realtime": "build: the model takes a sound beside its text",
+    "xlstm": _LOOP,
     "zamba": _LOOP,
 }
 
