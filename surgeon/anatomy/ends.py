@@ -10,8 +10,8 @@ from surgeon.anatomy.probe import integers
 from surgeon.anatomy.stacks import Stack, stack_below
 from surgeon.anatomy.weighted import WeightedOp
 
-FILLS = (1, 7)
-"""Texts of one token each: what a table is indexed by is told by what becomes of them."""
+FILLS = (1, 5, 7)
+"""What a table is indexed by is told by what becomes of inputs that are these everywhere: 1 is a mask that is open."""
 SAME_IDS = LAYOUTS | {"clamp", "masked_fill", "slice", "where"}
 
 
@@ -51,11 +51,11 @@ def _embedding_role(facts: Facts, node: Node) -> str:
         ids = facts.inputs[ids][0]
     if ids.op == "placeholder":
         return "embedding.token"
-    values = [v for fill in FILLS if (v := integers(facts, index(node), fill)) is not None]
-    if len(values) == len(FILLS) and values[0].shape == values[1].shape:
-        own = [v == fill for v, fill in zip(values, FILLS, strict=True)]
-        if (own[0] & own[1]).float().mean() > 0.5:  # ids, but for what begins a decoder's text
-            return "embedding.token"
+    computed = {fill: v for fill in FILLS if (v := integers(facts, index(node), fill)) is not None}
+    own = [v == fill for fill, v in computed.items() if fill > 1]
+    if len(own) > 1 and own[0].shape == own[1].shape and (own[0] & own[1]).float().mean() > 0.5:
+        return "embedding.token"  # but for what begins a decoder's text
+    values = [*computed.values()]
     rows = [v.reshape(-1, v.shape[-1]) for v in values if v.ndim and v.shape[-1] > 1]
     if any(bool((r.diff(dim=-1) == 1).all()) for r in rows):
         return "embedding.position" if rank(index(node)) <= 2 and _rowwise(facts, index(node)) else "embedding.relative"

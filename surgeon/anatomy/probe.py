@@ -46,7 +46,7 @@ def integers(facts: Facts, node: Node, fill: int) -> Tensor | None:
     try:
         with torch.device("cpu"):
             value = Runner(facts, None, fill).value(node)
-    except TraceError:
+    except (TraceError, IndexError, RuntimeError):  # to the model a text of this one token may be padding, all of it
         return None
     return value if isinstance(value, Tensor) else None
 
