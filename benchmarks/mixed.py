@@ -17,7 +17,8 @@ from benchmarks.bases import BASES, inputs, open_model
 from benchmarks.measure import THREADS, Section, interleave, milliseconds, ratio
 from surgeon import Session, compile
 
-SHAPES = {(8, 32): 20, (8, 128): 10, (64, 16): 10}
+SHAPES = {(8, 32, THREADS): 20, (8, 128, THREADS): 10, (64, 16, THREADS): 10, (8, 128, 1): 10}
+"""Rounds by rows, tokens and threads."""
 TASKS = (1, 8, 64)
 MOST = max(TASKS)
 NAMES = [f"t{i}" for i in range(MOST)]
@@ -51,10 +52,12 @@ def _open(name: str, folder: Path, lowest: int = 0, count: int = MOST) -> Sessio
 
 
 def _mixed(name: str, folder: Path) -> Section:
-    session, plain = _open(name, folder), Session(folder / "plain", threads=THREADS)
+    _open(name, folder).close()
     peer = _peer(name)
     rows = []
-    for (batch, tokens), rounds in SHAPES.items():
+    for (batch, tokens, threads), rounds in SHAPES.items():
+        session, plain = (Session(folder / build, threads=threads) for build in ("from-0", "plain"))
+        torch.set_num_threads(threads)
         fed = inputs(batch, tokens)
         arrays = {key: t.numpy() for key, t in fed.items()}
         runs: dict[str, Callable[[], object]] = {"plain": partial(plain.run, arrays)}
@@ -67,7 +70,10 @@ def _mixed(name: str, folder: Path) -> Section:
         ours = [f"**{ratio(times, f'{count}', 'plain'):.2f}**" for count in TASKS]
         peers = [f"{ratio(times, f'PEFT {count}', f'{count}'):.2f}" for count in TASKS]
         switched = f"{ratio(times, 'one by one', str(MOST)):.2f}"
-        rows.append((f"{batch} × {tokens}", milliseconds(times["plain"]), *ours, *peers, switched))
+        shape = f"{batch} × {tokens}" + ("" if threads == THREADS else f", {threads} thread")
+        rows.append((shape, milliseconds(times["plain"]), *ours, *peers, switched))
+        session.close(), plain.close()
+    torch.set_num_threads(THREADS)
     return Section(
         f"Rows of many tasks in one batch: {name}",
         "LoRA r=16 on q and v; every row draws its task anew each call, from 1, 8 or 64 tasks at hand. Ratios to "

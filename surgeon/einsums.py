@@ -16,7 +16,10 @@ def spell_out(graph: fx.Graph) -> None:
     """Put a matrix product in the place of every einsum of two operands that is one.
 
     One letter is summed over, one is the columns' own, and one the rows' own, or several where nothing is batched.
+    Products of two activations are attention's: without a softmax there is none, and sums stay as they are (a product
+    of all pairs takes more memory in some recurrences).
     """
+    attends = any(graph.find_nodes(op="call_function", target=t) for t in (aten.softmax.int, aten._softmax.default))
     for node in graph.find_nodes(op="call_function", target=aten.einsum.default):
         said, operands = node.args[:2]
         terms, _, out = said.replace(" ", "").partition("->")
@@ -27,7 +30,7 @@ def spell_out(graph: fx.Graph) -> None:
             pair.reverse()  # the columns are the second operand's, as keys are
         (left, a), (right, b) = pair
         axes = _axes(left, right, out)
-        if axes is None:
+        if axes is None or not (attends or "get_attr" in (a.op, b.op)):
             continue
         batch, rows, summed, columns = axes
         with graph.inserting_before(node):

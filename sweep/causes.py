@@ -44,6 +44,7 @@ CAUSES: dict[str, str] = {
     "longformer": _GLOBAL,
     "mamba": _LOOP,
     "mobilenet_v1": f"{_IMAGES}refused: a chain without one residual",
+    "mobilevit": "anatomy: random convolutions let nothing of its first stages through, so that no verdict is given",
     "mra": "anatomy: without its CUDA kernel the model's attention is zeros: there is none to find",
     "musicgen": _CODEBOOKS,
     "musicgen_melody": _CODEBOOKS,

@@ -129,6 +129,17 @@ def test_einsums_that_are_matrix_products_are_spelled_as_such() -> None:
     torch.testing.assert_close(graph(x), module(x))
 
 
+class Recurrent(nn.Module):
+    """A product of all pairs of tokens that is no attention's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bld,bsd->bls", x, x)
+
+
+def test_without_a_softmax_sums_of_activations_stay_as_they_are() -> None:
+    assert "aten.einsum.default" in names(normal(Recurrent(), torch.randn(2, 5, 12)))
+
+
 class Idle(nn.Module):
     """Does work that nothing reads, and that drops out."""
 

@@ -19,6 +19,7 @@ from surgeon.program import Program
 
 HIDDEN = -1e4
 """Whatever is below it hides a key from a query."""
+PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
@@ -63,6 +64,12 @@ def _refuse_sums(program: Program, sites: Sequence[Attention]) -> None:
                     f"{site.label} adds the scores of {other.label} to its own, and a prefix would meet none there",
                     try_="other techniques, or `where` with attentions that have scores of their own",
                 )
+        beside = {n for node in own if _name(node) == "cat" for n in node.all_input_nodes} - own
+        if any(_name(n) in PRODUCTS and site.query in n.all_input_nodes for b in beside for n in ancestors(b)):
+            raise CompositionError(
+                f"{site.label} has its queries meet other keys as well, in one softmax, and a prefix would meet half",
+                try_="other techniques, or `where` with attentions of one kind of keys",
+            )
 
 
 def biased(program: Program, sites: Sequence[Attention]) -> bool:

@@ -180,6 +180,14 @@ def test_attentions_that_add_their_scores_to_each_others_get_no_prefix(lab):
     lab.forget(model)
 
 
+def test_queries_that_meet_two_kinds_of_keys_in_one_softmax_get_no_prefix(lab):
+    """PEGASUS-X's, of a block and of the whole text."""
+    model = base(Case("pegasus_x", "seq2seq-lm"))
+    with pytest.raises(CompositionError, match="encoder/attention@0 has its queries meet other keys as well"):
+        lab.operate(model, PREFIX)
+    lab.forget(model)
+
+
 def test_two_attentions_in_one_of_other_heads_get_no_prefix(lab):
     """ProphetNet's, for the next token and, with other axes, for those after it."""
     model = base(Case("prophetnet", "causal-lm"))
