@@ -11,7 +11,6 @@ _EXPERTS = "trace: the model loops over the experts that were hit, whose number 
 _GLOBAL = "trace: the model asks the data whether a token attends to all, and torch.export takes no branch on data"
 _CODEBOOKS = "build: the model reads several codebooks a token, ids [batch · codebooks, tokens], no text's"
 _KEYS = "build: an assistant, which answers only to the keys and values of the model that it drafts for"
-_BLOCKS = "anatomy: a layer reads an attention over earlier states, and the first of a block adds to no stream"
 _IMAGES = "anatomy: convolutions only, no Transformer: "
 
 CAUSES: dict[str, str] = {
@@ -32,10 +31,7 @@ CAUSES: dict[str, str] = {
     "gemma4_assistant": _KEYS,
     "gemma4_unified_assistant": _KEYS,
     "hgnet_v2": f"{_IMAGES}most blocks concatenate what they make, two of its stages add a residual",
-    "hiera": "anatomy: where a stage begins the skip is projected and pooled as well: there is no stream to add to",
     "ibert": "trace: the model asks the data how they are to be quantised, and torch.export takes no branch on data",
-    "inkling2_loop_text": _BLOCKS,
-    "inkling2_text": _BLOCKS,
     "jamba": _LOOP,
     "layoutlmv2": "build: needs the package detectron2",
     "led": _GLOBAL,
@@ -44,7 +40,6 @@ CAUSES: dict[str, str] = {
     "longformer": _GLOBAL,
     "mamba": _LOOP,
     "mobilenet_v1": f"{_IMAGES}refused: a chain without one residual",
-    "mobilevit": "anatomy: random convolutions let nothing of its first stages through, so that no verdict is given",
     "mra": "anatomy: without its CUDA kernel the model's attention is zeros: there is none to find",
     "musicgen": _CODEBOOKS,
     "musicgen_melody": _CODEBOOKS,
@@ -60,7 +55,6 @@ CAUSES: dict[str, str] = {
     "shieldgemma2": "build: the model reads the logits of tokens 10,784 and 3,771, which a small vocabulary has not",
     "siglip2": "build: the model takes patches, a mask over them and their shapes, no image",
     "squeezebert": "anatomy: refused: its projections are convolutions in groups over [features, tokens]",
-    "swiftformer": "anatomy: a layer is a convolution or an additive attention, and not each has a feed-forward",
     "switch_transformers": _EXPERTS,
     "textnet": f"{_IMAGES}refused: a chain without one residual",
     "timm_wrapper": "build: needs the package timm",

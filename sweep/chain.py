@@ -97,7 +97,9 @@ def surgery(anatomy: Anatomy) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     if where := sorted(roles & {"attention.query", "attention.value", "attention.output", "mixer"}):
         pair = [r for r in ("attention.query", "attention.value") if r in where]
-        found["lora"] = {"lora": {"rank": 3, "where": pair or where}}
+        sites = [p for p in anatomy.projections if p.role in (pair or where)]
+        rank = min(3, *(min(site.in_features, site.out_features) for site in sites))
+        found["lora"] = {"lora": {"rank": rank, "where": pair or where}}
     if any(site.bias for site in (*anatomy.projections, *anatomy.norms) if site.role != "head.out"):
         found["bitfit"] = {"bitfit": {}}
     if joins := sorted({j.role for j in anatomy.joins}):

@@ -42,7 +42,9 @@ def counts(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[str]:
     """One mixing sublayer a layer of the configuration, and a whole number of feed-forwards.
 
     Attention and another mixer side by side in one join are one; a family may feed forward twice a layer (macarons,
-    gates by layer) or convolve after its attention, or have one sublayer a layer. What stands apart from encoder and
+    gates by layer) or convolve after its attention, or have one sublayer a layer; where nothing attends, each layer
+    mixes and feeds forward once or not at all. An attention may be told to add to no
+    stream. What stands apart from encoder and
     decoder (a second stream beside the first) is counted where the layers are not the others' alone (a stack that runs
     again and again).
     """
@@ -73,10 +75,19 @@ def _counted(anatomy: Anatomy, stacks: Sequence[str], total: int, between: int) 
         for kind in KINDS
     }
     inside = {(j.stack, j.skip) for j in anatomy.joins if j.layer is not None}
+    alone = {
+        (a.stack, a.layer)
+        for a in anatomy.attentions
+        if a.stack in stacks and f"layer {a.layer} of {a.stack}: its attention adds to no residual" in anatomy.notes
+    }
     attending, feeding = (len(found[kind] & inside) for kind in ("attention", "ffn"))
-    mixing = len((found["attention"] | found["mixer"]) & inside)
+    attending += len(alone)
+    mixing = attending + len((found["mixer"] - found["attention"]) & inside)
     each = mixing == total or (attending == total and mixing % total == 0)
     if (each and (feeding % total == 0 or feeding == total + between)) or mixing + feeding == total:
+        return None
+    places = {(j.stack, j.layer) for j in anatomy.joins if j.role == "residual.mixer" and j.stack in stacks}
+    if not attending and len(places) == total and feeding <= total:
         return None
     return f"{mixing} mixing and {feeding} feed-forward sublayers in {total} layers"
 

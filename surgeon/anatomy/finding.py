@@ -14,6 +14,7 @@ from surgeon.anatomy.facts import RESHAPES, Facts, rank, shape
 from surgeon.anatomy.joins import JoinOp, Reading, blends, joins
 from surgeon.anatomy.norm_places import NormPlace, norm_places
 from surgeon.anatomy.norms import NormOp, norm_ops
+from surgeon.anatomy.replacing import replacing
 from surgeon.anatomy.roles import Part, downs, parts
 from surgeon.anatomy.sites import Anatomy, Attention, Embedding, Join, Norm, Projection
 from surgeon.anatomy.stacks import Place, Stack, places, stack_above, stack_below, stacks
@@ -30,10 +31,11 @@ def find(graph_module: fx.GraphModule) -> Anatomy:
     weighted = weighted_ops(facts)
     reading = Reading(facts, weighted, norm_ops(facts), cores(facts, weighted))
     joined = joins(reading)
-    found = [join for join in joined if not blends(reading, join)]
+    adding = [join for join in joined if not blends(reading, join)]
+    found = sorted([*adding, *replacing(reading, adding)], key=lambda join: facts.position[join.root])
     chains = stacks(reading, found)
     sublayers, notes = places(reading, chains)
-    if blended := len(joined) - len(found):
+    if blended := len(joined) - len(adding):
         notes.append(f"{blended} joins are x + r (f - x), from the stream to the sublayer's answer: they add nothing")
     if not found:
         seen = f"{len(reading.cores)} attention products and {len(weighted)} products with weights"
@@ -145,6 +147,10 @@ class Finder:
         post = {norm.input: norm for norm in norms.values() if norm.place == "post"}
         found = []
         for place in self.sublayers:
+            if not place.join.adds:
+                at = "before layer 0" if place.layer is None else f"layer {place.layer}"
+                self.notes.append(f"{at} of {place.stack.name}: its {place.kind} adds to no residual")
+                continue
             last = downs(self.reading, place)
             after = next(
                 (n for i, n in post.items() if self.facts.strip(i, [place.join.root]) is place.join.root), None

@@ -1,16 +1,18 @@
 """Fifth step of anatomy: residual joins, their chains, and what each sublayer does.
 
-A join is an add whose one term, the skip, lies above the other terms, the branches, with weights on the way.
+A join is an add whose one term, the skip, lies above the other terms, the branches, with weights on the way. Where
+a stage changes the width of its stream the skip is projected too, beside the attention that it is added to.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import permutations
 
 from torch.fx import Node
 
 from surgeon.anatomy.cores import Core
-from surgeon.anatomy.facts import CASTS, CONVOLUTIONS, PRODUCTS, Facts, rank, shapes_match, width
+from surgeon.anatomy.facts import CASTS, CONVOLUTIONS, NONLINEARITIES, PRODUCTS, Facts, rank, shape, shapes_match, width
 from surgeon.anatomy.norms import NormOp
 from surgeon.anatomy.weighted import WeightedOp
 
@@ -39,6 +41,11 @@ class JoinOp:
     """The skip without casts and dropout: where the branches start."""
     sublayers: tuple[Sublayer, ...]
     interval: int
+
+    @property
+    def adds(self) -> bool:
+        """Whether there is an add: not where an attention's answer is the stream from there on."""
+        return self.root is not self.sublayers[0].value
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +83,9 @@ def blends(reading: Reading, join: JoinOp) -> bool:
 
 
 def previous(reading: Reading, join: JoinOp, roots: dict[Node, JoinOp]) -> JoinOp | None:
-    """The join whose result, normed or not, this one's skip is."""
-    return roots.get(trunk(reading, join.skip, roots))
+    """The join whose result, normed or not, and of the same width, this one's skip is."""
+    before = roots.get(trunk(reading, join.skip, roots))
+    return before if before and width(before.root) == width(join.root) else None
 
 
 def trunk(reading: Reading, node: Node, roots: dict[Node, JoinOp]) -> Node:
@@ -140,6 +148,7 @@ def _join(reading: Reading, root: Node, moving: int) -> JoinOp | None:
         branches = [(u, add) for u, add in branches if _ends_projected(reading, ends[u], stream)]
         if branches and (best is None or len(branches) > len(best[2])):
             best = (skip, stream, branches)
+    best = best or _widened(reading, root, leaves)
     if best is None:
         return None
     skip, stream, branches = best
@@ -148,6 +157,32 @@ def _join(reading: Reading, root: Node, moving: int) -> JoinOp | None:
     for sublayer in sublayers:
         interval |= sublayer.own
     return JoinOp(root, skip, stream, sublayers, interval)
+
+
+def _widened(
+    reading: Reading, root: Node, leaves: list[tuple[Node, Node]]
+) -> tuple[Node, Node, list[tuple[Node, Node]]] | None:
+    """Skip, stream and branch where the skip is one projection of what an attention reads, to another width.
+
+    The former stream ends there: one that comes back later goes around a bottleneck.
+    """
+    facts = reading.facts
+    cores = facts.bits(reading.cores)
+    for (skip, _), (value, add) in permutations(leaves, 2):
+        end = facts.written(add, value)
+        shared = facts.above[facts.position[skip]] & facts.above[facts.position[end]]
+        fork = facts.nodes[shared.bit_length() - 1] if shared else skip
+        if width(skip) == width(fork) or not facts.interval(fork, end) & cores:
+            continue
+        beside = list(facts.members(facts.interval(fork, skip)))
+        straight = not any(facts.op[n] in NONLINEARITIES or n in reading.cores for n in beside)
+        stream = trunk(reading, fork, {})
+        before = facts.members(facts.interval(stream, fork) | facts.bit(stream))
+        ends = not any(facts.is_above(root, user) for node in before for user in facts.users[node])
+        once = len([n for n in beside if n in reading.weighted]) == 1
+        if straight and once and ends and _ends_projected(reading, end, fork):
+            return skip, stream, [(value, add)]
+    return None
 
 
 def _ends_projected(reading: Reading, value: Node, stream: Node) -> bool:
@@ -191,15 +226,18 @@ def _without_long_skips(facts: Facts, found: list[JoinOp], moving: int) -> list[
 
 def _told_apart(reading: Reading, join: JoinOp, every: list[JoinOp]) -> JoinOp:
     facts = reading.facts
+    within = [other for other in every if other is not join and join.interval & facts.bit(other.root)]
     nested = 0
-    for other in every:
-        if other is not join and join.interval & facts.bit(other.root):
-            nested |= other.interval
+    for other in within:
+        nested |= other.interval
     sublayers = []
     for sublayer in join.sublayers:
         own = sublayer.own & ~nested
         cores = tuple(core for node, core in reading.cores.items() if own & facts.bit(node))
-        sublayers.append(replace(sublayer, own=own, cores=cores, kind=_kind(reading, own, cores)))
+        kind = _kind(reading, join.root, own, cores)
+        if kind == "ffn" and _mix(reading, [other for other in within if sublayer.own & facts.bit(other.root)]):
+            kind = "mixer"
+        sublayers.append(replace(sublayer, own=own, cores=cores, kind=kind))
     return replace(join, sublayers=tuple(_merged(reading, sublayers, join.root)))
 
 
@@ -223,11 +261,11 @@ def _merged(reading: Reading, sublayers: list[Sublayer], root: Node) -> list[Sub
             value, consumer = consumer, facts.users[consumer][0]
         own = group[0].own | group[1].own | facts.bit(add)
         cores = tuple(dict.fromkeys(core for s in group for core in s.cores))
-        merged.append(Sublayer(value, consumer, own, _kind(reading, own, cores), cores))
+        merged.append(Sublayer(value, consumer, own, _kind(reading, root, own, cores), cores))
     return merged
 
 
-def _kind(reading: Reading, own: int, cores: tuple[Core, ...]) -> str:
+def _kind(reading: Reading, root: Node, own: int, cores: tuple[Core, ...]) -> str:
     facts = reading.facts
     nodes = list(facts.members(own))
     if cores:
@@ -237,7 +275,23 @@ def _kind(reading: Reading, own: int, cores: tuple[Core, ...]) -> str:
     mixing = MIXERS | PRODUCTS | CONVOLUTIONS
     plain = {n for n, w in reading.weighted.items() if facts.op[n] not in CONVOLUTIONS or _pointwise(w)}
     plain |= {n for n in nodes if n in reading.weighted and _smooths(reading, n, own)}
-    return "mixer" if any(facts.op[n] in mixing and n not in plain for n in nodes) else "ffn"
+    mixes = any((facts.op[n] in mixing and n not in plain) or _pools(facts, n, root) for n in nodes)
+    return "mixer" if mixes else "ffn"
+
+
+def _mix(reading: Reading, within: list[JoinOp]) -> bool:
+    """Whether there are joins inside a branch, and all of them mix without attention."""
+    attends = reading.facts.bits(reading.cores)
+    return bool(within) and all(
+        not join.interval & attends and _kind(reading, join.root, join.interval, ()) == "mixer" for join in within
+    )
+
+
+def _pools(facts: Facts, node: Node, root: Node) -> bool:
+    """Whether a value is a sum over all positions of a row."""
+    sizes = shape(node)
+    whole = len(sizes) > 1 and sizes[0] == shape(root)[0] and all(size == 1 for size in sizes[1:-1])
+    return whole and facts.op[node] in {"sum", "mean"} and rank(facts.inputs[node][0]) > 2
 
 
 def _pointwise(weighted: WeightedOp) -> bool:

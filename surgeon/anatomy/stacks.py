@@ -141,14 +141,17 @@ def _layers(reading: Reading, chain: Stack, kinds: dict[Sublayer, str]) -> tuple
         return [None] * front + layers, notes
     by_structure = _by_structure(chain, kinds)
     fed = [any(kinds[s] in {"ffn", "moe"} for s in join.sublayers) for join in chain.joins]
+    mixes = [any(kinds[s] in {"attention", "mixer"} for s in join.sublayers) for join in chain.joins]
     numbers = [i for i in indices if i is not None]
     sound = len(numbers) == len(indices) and numbers == sorted(numbers) and not _weights_recur(reading, chain, numbers)
     if not sound or (len(set(numbers)) == 1 and max(by_structure) > 0):
         return [*by_structure], []
     if _of_stages(inside, fed):
-        front = fed.index(False)
+        front = next(at for at, join in enumerate(chain.joins) if join.adds and not fed[at])
         front = front if front and numbers[front - 1] != numbers[front] else 0  # what ends the stage before
         return [*[None] * front, *_by_structure(Stack(chain.joins[front:]), kinds)], []
+    if len(set(numbers)) == 1 and _mix_again(inside, mixes):
+        numbers = [own[1] for own in inside]
     order = sorted(set(numbers))
     by_module = [order.index(i) for i in numbers]
     note = f"layers: {len(order)} by module, {max(by_structure) + 1} by structure; taken by module"
@@ -179,6 +182,12 @@ def _of_stages(numbers: Sequence[tuple[int, ...]], fed: Sequence[bool]) -> bool:
         if layers > 1 and all(len(inside) > 1 for inside, _ in joins):
             return True
     return False
+
+
+def _mix_again(numbers: Sequence[tuple[int, ...]], mixes: Sequence[bool]) -> bool:
+    """Whether modules of one number hold numbered ones, several of which mix: a stage's layers."""
+    mixing = {inside[1] for inside, mixing in zip(numbers, mixes, strict=True) if mixing and len(inside) > 1}
+    return len(mixing) > 1 and all(len(inside) > 1 for inside in numbers)
 
 
 def _module_indices(node: Node) -> tuple[int, ...]:
