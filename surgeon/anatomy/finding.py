@@ -12,6 +12,7 @@ from surgeon.anatomy.cores import cores
 from surgeon.anatomy.ends import embeddings, heads, index
 from surgeon.anatomy.facts import RESHAPES, Facts, rank, shape
 from surgeon.anatomy.joins import JoinOp, Reading, blends, joins
+from surgeon.anatomy.layouts import features_axis
 from surgeon.anatomy.norm_places import NormPlace, norm_places
 from surgeon.anatomy.norms import NormOp, norm_ops
 from surgeon.anatomy.replacing import replacing
@@ -146,6 +147,7 @@ class Finder:
     def _joins(self, norms: dict[NormOp, Norm]) -> list[Join]:
         post = {norm.input: norm for norm in norms.values() if norm.place == "post"}
         found = []
+        axes = self._axes()
         for place in self.sublayers:
             if not place.join.adds:
                 at = "before layer 0" if place.layer is None else f"layer {place.layer}"
@@ -165,11 +167,23 @@ class Finder:
                     skip=place.join.skip,
                     branch=place.sublayer.value,
                     entry=self._entry(place),
-                    width=int(shape(place.join.root)[-1]),
+                    width=int(shape(place.join.root)[axes[place]]),
+                    axis=axes[place],
                     post_norm=after,
                 )
             )
         return found
+
+    def _axes(self) -> dict[Place, int]:
+        """The axis of the features at every join: told by its last projection, or by that of another of its stack."""
+        told: dict[Place, int] = {}
+        for place in self.sublayers:
+            last = downs(self.reading, place)
+            axis = features_axis(self.facts, last[-1], place.sublayer.value) if last else None
+            if axis is not None:
+                told[place] = -1 if axis == rank(place.join.root) - 1 else axis
+        by_stack = {(place.stack, rank(place.join.root)): axis for place, axis in told.items()}
+        return {p: told.get(p, by_stack.get((p.stack, rank(p.join.root)), -1)) for p in self.sublayers}
 
     def _entry(self, place: Place) -> Node:
         """What the sublayer's first weighted op reads, in the stream's own rank."""

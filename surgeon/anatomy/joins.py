@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from surgeon.anatomy.cores import Core
 from surgeon.anatomy.facts import CASTS, CONVOLUTIONS, NONLINEARITIES, PRODUCTS, Facts, rank, shape, shapes_match, width
+from surgeon.anatomy.layouts import features_axis
 from surgeon.anatomy.norms import NormOp
 from surgeon.anatomy.weighted import WeightedOp
 
@@ -162,17 +163,18 @@ def _join(reading: Reading, root: Node, moving: int) -> JoinOp | None:
 def _widened(
     reading: Reading, root: Node, leaves: list[tuple[Node, Node]]
 ) -> tuple[Node, Node, list[tuple[Node, Node]]] | None:
-    """Skip, stream and branch where the skip is one projection of what an attention reads, to another width.
+    """Skip, stream and branch where the skip is one projection of what the branch reads, to another size.
 
-    The former stream ends there: one that comes back later goes around a bottleneck.
+    The branch attends or convolves. The former stream ends there: one that comes back later goes around a bottleneck.
     """
     facts = reading.facts
-    cores = facts.bits(reading.cores)
     for (skip, _), (value, add) in permutations(leaves, 2):
         end = facts.written(add, value)
         shared = facts.above[facts.position[skip]] & facts.above[facts.position[end]]
         fork = facts.nodes[shared.bit_length() - 1] if shared else skip
-        if width(skip) == width(fork) or not facts.interval(fork, end) & cores:
+        if shapes_match(skip, fork) or not any(
+            n in reading.cores or facts.op[n] in CONVOLUTIONS for n in facts.members(facts.interval(fork, end))
+        ):
             continue
         beside = list(facts.members(facts.interval(fork, skip)))
         straight = not any(facts.op[n] in NONLINEARITIES or n in reading.cores for n in beside)
@@ -275,7 +277,7 @@ def _kind(reading: Reading, root: Node, own: int, cores: tuple[Core, ...]) -> st
     mixing = MIXERS | PRODUCTS | CONVOLUTIONS
     plain = {n for n, w in reading.weighted.items() if facts.op[n] not in CONVOLUTIONS or _pointwise(w)}
     plain |= {n for n in nodes if n in reading.weighted and _smooths(reading, n, own)}
-    mixes = any((facts.op[n] in mixing and n not in plain) or _pools(facts, n, root) for n in nodes)
+    mixes = any((facts.op[n] in mixing and n not in plain) or _pools(reading, n, root) for n in nodes)
     return "mixer" if mixes else "ffn"
 
 
@@ -287,11 +289,22 @@ def _mix(reading: Reading, within: list[JoinOp]) -> bool:
     )
 
 
-def _pools(facts: Facts, node: Node, root: Node) -> bool:
-    """Whether a value is a sum over all positions of a row."""
-    sizes = shape(node)
-    whole = len(sizes) > 1 and sizes[0] == shape(root)[0] and all(size == 1 for size in sizes[1:-1])
-    return whole and facts.op[node] in {"sum", "mean"} and rank(facts.inputs[node][0]) > 2
+def _pools(reading: Reading, node: Node, root: Node) -> bool:
+    """Whether a value sums the same features of the positions of a row: of all, or along one of their axes."""
+    facts = reading.facts
+    if facts.op[node] not in {"sum", "mean"} or rank(facts.inputs[node][0]) < 3:
+        return False
+    source, sizes = facts.inputs[node][0], shape(node)
+    if len(sizes) > 1 and sizes[0] == shape(root)[0] and all(size == 1 for size in sizes[1:-1]):
+        return True
+    last = facts.nearest_above(source, reading.weighted)
+    axes = {features_axis(facts, reading.weighted[n], source) for n in last}
+    summed = node.args[1] if len(node.args) > 1 else []
+    along = (
+        {int(a) % rank(source) for a in summed if isinstance(a, int)} if isinstance(summed, (list, tuple)) else set()
+    )
+    fits = rank(source) == rank(root) and all(shape(source)[a] == shape(root)[a] for a in along)
+    return fits and bool(along and axes) and None not in axes and along.isdisjoint({0} | axes)
 
 
 def _pointwise(weighted: WeightedOp) -> bool:

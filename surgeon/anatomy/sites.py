@@ -78,7 +78,10 @@ class Norm(Site):
 
 @dataclass(frozen=True, kw_only=True)
 class Join(Site):
-    """A residual add: `add = skip + branch`, the branch being a sublayer's result `[B, S, width]`."""
+    """A residual add: `add = skip + branch`, the branch being a sublayer's result `[B, S, width]`.
+
+    Where convolutions work it is `[B, width, H, W]`: `axis` is that of the features.
+    """
 
     add: Node
     skip: Node
@@ -86,6 +89,7 @@ class Join(Site):
     entry: Node
     """The direct input of the sublayer: the stream for post-norm, the norm's output for pre-norm."""
     width: int
+    axis: int = -1
     post_norm: Norm | None = None
     """The norm applied to this join's result, where the next sublayer's skip is that norm's output."""
 

@@ -20,6 +20,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, fx
 
 from surgeon.anatomy import Join, Where, select, selectors
+from surgeon.errors import SpecError
 from surgeon.ledger import Delta
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.norm_tuning import train_norms
@@ -86,10 +87,11 @@ class Adapter(Pass):
 
     def _adapt(self, program: Program, join: Join) -> None:
         deltas = self._weights(program, join)
-        f = self._mlp
+        f = partial(self._mlp, join)
         if self.placement == "houlsby":
             program.replace_operand([join.add], join.branch, lambda b, *w: b + f(b, *w), deltas)
         elif self.placement == "parallel":
+            check_entry(join)
             program.replace_operand([join.add], join.branch, lambda b, x, *w: b + f(x, *w), deltas, also=(join.entry,))
         else:
             self._after_join(program, join, deltas)
@@ -123,7 +125,7 @@ class Adapter(Pass):
 
     def _after_join(self, program: Program, join: Join, deltas: tuple[Delta, ...]) -> None:
         """Pfeiffer's layout: the norm behind the join is used twice, on the join and on the sum."""
-        f, before = self._mlp, set(program.current(join.add).users)
+        f, before = partial(self._mlp, join), set(program.current(join.add).users)
         z = normed(program, join)
         if z is program.current(join.add):
             program.replace(join.add, lambda j, *w: j + f(j, *w), deltas)
@@ -132,8 +134,30 @@ class Adapter(Pass):
                 join.add, lambda j, z, *w: j + f(z, *w), deltas, also=(z,), keep=added(program, join, before)
             )
 
-    def _mlp(self, z: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
-        return ACTIVATIONS[self.activation](z @ down + down_bias) @ up + up_bias
+    def _mlp(self, join: Join, z: Tensor, *weights: Tensor) -> Tensor:
+        down, down_bias, up, up_bias = weights
+        hidden = ACTIVATIONS[self.activation](features_last(join, z) @ down + down_bias)
+        return features_back(join, hidden @ up + up_bias)
+
+
+def check_entry(join: Join) -> None:
+    """Raise SpecError where a sublayer reads another number of features than it gives."""
+    given = join.entry.meta["val"].shape
+    if given[join.axis] != join.width:
+        raise SpecError(
+            f"a parallel adapter at {join.label} would read {list(map(str, given))} and add {join.width} features",
+            try_="another placement there, or a `where` that leaves it out",
+        )
+
+
+def features_last(join: Join, z: Tensor) -> Tensor:
+    """A value of a join's layout with the features on the last axis."""
+    return z if join.axis == -1 else z.movedim(join.axis, -1)
+
+
+def features_back(join: Join, z: Tensor) -> Tensor:
+    """The inverse of `features_last`."""
+    return z if join.axis == -1 else z.movedim(-1, join.axis)
 
 
 def normed(program: Program, join: Join) -> fx.Node:

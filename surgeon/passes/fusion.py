@@ -37,7 +37,7 @@ from surgeon.anatomy import Join, Where, select, selectors
 from surgeon.errors import SpecError
 from surgeon.ledger import Delta
 from surgeon.passes import Pass, PassResult
-from surgeon.passes.adapter import ACTIVATIONS, added, normed
+from surgeon.passes.adapter import ACTIVATIONS, added, features_back, features_last, normed
 from surgeon.passes.trained_adapters import Source, check_sites, read_sources, stacked
 from surgeon.probes import Probe
 from surgeon.program import Program
@@ -130,15 +130,15 @@ class Fusion(Pass):
         activation = ACTIVATIONS[self.activation]
 
         def narrow(u: Tensor, down: Tensor, bias: Tensor) -> Tensor:
-            return activation(u @ down + bias)
+            return activation(features_last(join, u) @ down + bias)
 
         def attend(a: Tensor, u: Tensor, *of: Tensor) -> Tensor:
-            p, p_bias, w, b, groups = of
+            u, (p, p_bias, w, b, groups) = features_last(join, u), of
             return torch.softmax((a * (u @ p + p_bias)) @ groups + (u @ w + b), -1)
 
-        def mix(join: Tensor, a: Tensor, s: Tensor, *of: Tensor) -> Tensor:
+        def mix(x: Tensor, a: Tensor, s: Tensor, *of: Tensor) -> Tensor:
             up, bias, groups = of
-            return join + ((a * (s @ groups.transpose(-1, -2))) @ up + s @ bias)
+            return x + features_back(join, (a * (s @ groups.transpose(-1, -2))) @ up + s @ bias)
 
         def read(*parts: str) -> list[Delta]:
             return [deltas[part] for part in parts]

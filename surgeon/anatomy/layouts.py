@@ -1,0 +1,35 @@
+"""Which axis of a value holds its features: the last, or the first behind the batch, where convolutions work."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from surgeon.anatomy.facts import CONVOLUTIONS, RESHAPES, Facts, rank, shape
+from surgeon.anatomy.weighted import WeightedOp
+
+
+def features_axis(facts: Facts, op: WeightedOp, value: Node) -> int | None:
+    """The axis on which the features of a projection stand in a value made of them; None where they are mixed."""
+    axis = {op.node: 1 if facts.op[op.node] in CONVOLUTIONS else rank(op.node) - 1}
+    for node in facts.members(facts.interval(op.node, value)):
+        before = next((i for i in facts.flow(node) if i in axis), None)
+        if before is not None and (moved := _moved(facts, node, before, axis[before])) is not None:
+            axis[node] = moved
+    return axis.get(value)
+
+
+def _moved(facts: Facts, node: Node, before: Node, axis: int) -> int | None:
+    if facts.op[node] == "permute":
+        order = node.args[1]
+        assert isinstance(order, (list, tuple))
+        return [int(a) % rank(before) for a in order if isinstance(a, int)].index(axis)
+    if facts.op[node] == "transpose":
+        one, other = (int(a) % rank(before) for a in node.args[1:3] if isinstance(a, int))
+        return {one: other, other: one}.get(axis, axis)
+    pieces = not shape(node) or not shape(before)  # of a split
+    if pieces or (rank(node) == rank(before) and facts.op[node] not in RESHAPES):
+        return axis
+    old, new = shape(before), shape(node)
+    if axis == rank(before) - 1:
+        return rank(node) - 1 if new[-1] == old[-1] else None
+    return axis if new[: axis + 1] == old[: axis + 1] else None
