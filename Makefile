@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-generation test lint sweep architectures bench bench-generation bench-many bench-serving bench-growth soak counts quality quality-fusion ray goldens docs clean
+.PHONY: help setup demo demo-generation test lint sweep architectures bench bench-generation bench-many bench-serving bench-growth soak counts quality quality-fusion ray triton goldens docs clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -74,6 +74,12 @@ quality-fusion: setup ## AdapterFusion of adapters trained alone and together, e
 ray: setup ## replicas on Ray Serve, one killed under load: deploy/ray
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
 	$(BIN)/python -m pytest -m sweep tests/deploy
+
+triton: setup ## a real Triton server on what is exported; its backend, in an environment of its own, knows no NumPy 2
+	$(BIN)/python -m venv .cache/triton
+	.cache/triton/bin/pip install --quiet --no-deps nvidia-pytriton==0.7.0 numpy==1.26.4 \
+	  $$(grep -E '^(onnxruntime|tokenizers)=' constraints.txt)
+	$(BIN)/python -m pytest -m sweep tests/deploy/test_triton_server.py
 
 goldens: setup ## write the golden graph texts anew
 	$(BIN)/python -m pytest tests/test_goldens.py --update-goldens

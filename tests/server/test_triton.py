@@ -15,7 +15,7 @@ import pytest
 import tritonclient
 from google.protobuf import json_format, text_format
 
-from surgeon.errors import SpecError
+from surgeon.errors import BuildError, SpecError
 from surgeon.runtime import Session
 from surgeon.server.triton import write_entry
 
@@ -31,6 +31,21 @@ class Tensor:
 
     def as_numpy(self) -> np.ndarray:
         return self._array
+
+    def to_dlpack(self) -> np.ndarray:
+        return self._array
+
+    @classmethod
+    def from_dlpack(cls, name: str, given: np.ndarray) -> Tensor:
+        return cls(name, given)
+
+
+class Old(Tensor):
+    """As a backend that was built before NumPy 2 reads what that made."""
+
+    @classmethod
+    def from_dlpack(cls, name: str, given: np.ndarray) -> Tensor:
+        return cls(name, np.full_like(given, given[0]))
 
 
 class Request:
@@ -97,6 +112,7 @@ def test_tritons_own_schema_reads_the_configuration(parsed: Any, schema: ModuleT
     assert inputs["input_ids"].data_type == schema.TYPE_INT64
     assert list(inputs["input_ids"].dims) == [-1]
     assert all(port.optional for port in parsed.input)
+    assert (list(inputs["text"].dims), list(inputs["task"].dims)) == ([-1], [1])
     assert inputs["task"].data_type == inputs["text"].data_type == schema.TYPE_STRING
     assert {port.name for port in parsed.output} == {"logits", "label", "score"}
 
@@ -118,15 +134,40 @@ def test_requests_of_several_tasks_are_answered_each_by_its_own(model: Any, serv
                 assert [label.decode() for label in response.outputs["label"][:, 0]] == [a.label for a in wanted]
 
 
+def test_every_row_of_a_request_names_its_own_task(model: Any, served_build: Path) -> None:
+    ids, names = np.array([[5, 6], [7, 8], [5, 7], [9, 6]]), [b"sentiment", b"base", b"sentiment", b"base"]
+    [response] = model.execute([Request(input_ids=ids, task=[[name] for name in names])])
+    assert response.error is None
+    with Session(served_build, threads=1) as session:
+        for row, logits, name in zip(ids, response.outputs["logits"], names, strict=True):
+            wanted = session.run({"input_ids": row[None]}, "sentiment" if name == b"sentiment" else None)["logits"][0]
+            np.testing.assert_allclose(logits, wanted, atol=1e-5)
+
+
+def test_a_pair_of_texts_is_a_row(model: Any, served_build: Path) -> None:
+    [response] = model.execute([Request(text=np.array([[b"a fine film", b"good"]], object), task=[[b"topic"]])])
+    with Session(served_build, threads=1) as session:
+        wanted = session.classify([("a fine film", "good")], "topic")
+    np.testing.assert_allclose(response.outputs["score"][0], wanted[0].score, atol=1e-5)
+
+
+def test_a_backend_older_than_its_numpy_is_refused_before_it_misreads(
+    model: Any, entry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["triton_python_backend_utils"], "Tensor", Old)
+    with pytest.raises(BuildError, match=r"misreads the arrays of NumPy \d"):
+        type(model)().initialize({"model_config": "{}", "model_repository": str(entry), "model_version": "1"})
+
+
 def test_a_request_that_fails_disturbs_no_other(model: Any) -> None:
     good = Request(input_ids=np.array([[5, 6, 7]]))
     unknown = Request(input_ids=np.array([[5, 6, 7]]), task=[[b"nobody"]])
-    several = Request(input_ids=np.array([[5], [6]]), task=[[b"a"], [b"b"]])
+    several = Request(input_ids=np.array([[5], [6]]), task=[[b"sentiment"], [b"topic"]])
     wrong = Request(input_ids=np.array([[0.5]]))
     found = model.execute([good, unknown, several, wrong, good])
     assert [response.error is None for response in found] == [True, False, False, False, True]
     assert "there is no task 'nobody'" in str(found[1].error)
-    assert "several tasks" in str(found[2].error)
+    assert "tasks whose 'logits' differ in shape; there is: [2], [3]; try: a request for each" in str(found[2].error)
 
 
 def test_a_name_that_is_taken_is_refused_and_nothing_is_left(entry: Path, served_build: Path) -> None:
