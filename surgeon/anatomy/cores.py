@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from surgeon.anatomy.facts import CASTS, LAYOUTS, PRODUCTS, RESHAPES, Facts, rank, shape, swaps_last
+from surgeon.anatomy.facts import CASTS, LAYOUTS, PRODUCTS, RESHAPES, Facts
+from surgeon.anatomy.shapes import rank, shape, swaps_last
 from surgeon.anatomy.weighted import WeightedOp
 
 # `gather` is left out on purpose: behind it lie the position terms of disentangled attention, not its q kᵀ.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from surgeon.anatomy.facts import LAYOUTS, NONLINEARITIES, Facts, rank, shape, width
-from surgeon.anatomy.joins import JoinOp, Reading
+from surgeon.anatomy.facts import LAYOUTS, NONLINEARITIES, Facts
+from surgeon.anatomy.joins import JoinOp
 from surgeon.anatomy.probe import integers
+from surgeon.anatomy.reading import Reading
+from surgeon.anatomy.shapes import rank, shape, width
 from surgeon.anatomy.stacks import Stack, stack_below
 from surgeon.anatomy.weighted import WeightedOp
 

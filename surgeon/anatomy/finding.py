@@ -10,13 +10,15 @@ from torch.fx import Node
 
 from surgeon.anatomy.cores import cores
 from surgeon.anatomy.ends import embeddings, heads, index
-from surgeon.anatomy.facts import RESHAPES, Facts, rank, shape
-from surgeon.anatomy.joins import JoinOp, Reading, blends, joins
+from surgeon.anatomy.facts import RESHAPES, Facts
+from surgeon.anatomy.joins import JoinOp, blends, joins
 from surgeon.anatomy.layouts import features_axis
 from surgeon.anatomy.norm_places import NormPlace, norm_places
 from surgeon.anatomy.norms import NormOp, norm_ops
+from surgeon.anatomy.reading import Reading
 from surgeon.anatomy.replacing import replacing
 from surgeon.anatomy.roles import Part, downs, parts
+from surgeon.anatomy.shapes import rank, shape
 from surgeon.anatomy.sites import Anatomy, Attention, Embedding, Join, Norm, Projection
 from surgeon.anatomy.stacks import Place, Stack, places, stack_above, stack_below, stacks
 from surgeon.anatomy.weighted import weighted_ops

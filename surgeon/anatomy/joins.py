@@ -12,12 +12,10 @@ from itertools import permutations
 from torch.fx import Node
 
 from surgeon.anatomy.cores import Core
-from surgeon.anatomy.facts import CASTS, CONVOLUTIONS, NONLINEARITIES, PRODUCTS, Facts, rank, shape, shapes_match, width
-from surgeon.anatomy.layouts import features_axis
-from surgeon.anatomy.norms import NormOp
-from surgeon.anatomy.weighted import WeightedOp
-
-MIXERS = frozenset({"fft_fftn", "fft_fft", "fft_fft2", "fft_rfft", "avg_pool2d", "avg_pool1d", "cumsum", "scan"})
+from surgeon.anatomy.facts import CASTS, CONVOLUTIONS, NONLINEARITIES, PRODUCTS, Facts
+from surgeon.anatomy.kinds import MIXERS, kind_of
+from surgeon.anatomy.reading import Reading
+from surgeon.anatomy.shapes import rank, shapes_match, width
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,16 +45,6 @@ class JoinOp:
     def adds(self) -> bool:
         """Whether there is an add: not where an attention's answer is the stream from there on."""
         return self.root is not self.sublayers[0].value
-
-
-@dataclass(frozen=True, eq=False)
-class Reading:
-    """All that the earlier steps found."""
-
-    facts: Facts
-    weighted: dict[Node, WeightedOp]
-    norms: dict[Node, NormOp]
-    cores: dict[Node, Core]
 
 
 def joins(reading: Reading) -> list[JoinOp]:
@@ -236,7 +224,7 @@ def _told_apart(reading: Reading, join: JoinOp, every: list[JoinOp]) -> JoinOp:
     for sublayer in join.sublayers:
         own = sublayer.own & ~nested
         cores = tuple(core for node, core in reading.cores.items() if own & facts.bit(node))
-        kind = _kind(reading, join.root, own, cores)
+        kind = kind_of(reading, join.root, own, cores)
         if kind == "ffn" and _mix(reading, [other for other in within if sublayer.own & facts.bit(other.root)]):
             kind = "mixer"
         sublayers.append(replace(sublayer, own=own, cores=cores, kind=kind))
@@ -263,58 +251,13 @@ def _merged(reading: Reading, sublayers: list[Sublayer], root: Node) -> list[Sub
             value, consumer = consumer, facts.users[consumer][0]
         own = group[0].own | group[1].own | facts.bit(add)
         cores = tuple(dict.fromkeys(core for s in group for core in s.cores))
-        merged.append(Sublayer(value, consumer, own, _kind(reading, root, own, cores), cores))
+        merged.append(Sublayer(value, consumer, own, kind_of(reading, root, own, cores), cores))
     return merged
-
-
-def _kind(reading: Reading, root: Node, own: int, cores: tuple[Core, ...]) -> str:
-    facts = reading.facts
-    nodes = list(facts.members(own))
-    if cores:
-        return "attention"
-    if any(facts.op[n] == "topk" or (n in reading.weighted and reading.weighted[n].expert) for n in nodes):
-        return "moe"
-    mixing = MIXERS | PRODUCTS | CONVOLUTIONS
-    plain = {n for n, w in reading.weighted.items() if facts.op[n] not in CONVOLUTIONS or _pointwise(w)}
-    plain |= {n for n in nodes if n in reading.weighted and _smooths(reading, n, own)}
-    mixes = any((facts.op[n] in mixing and n not in plain) or _pools(reading, n, root) for n in nodes)
-    return "mixer" if mixes else "ffn"
 
 
 def _mix(reading: Reading, within: list[JoinOp]) -> bool:
     """Whether there are joins inside a branch, and all of them mix without attention."""
     attends = reading.facts.bits(reading.cores)
     return bool(within) and all(
-        not join.interval & attends and _kind(reading, join.root, join.interval, ()) == "mixer" for join in within
+        not join.interval & attends and kind_of(reading, join.root, join.interval, ()) == "mixer" for join in within
     )
-
-
-def _pools(reading: Reading, node: Node, root: Node) -> bool:
-    """Whether a value sums the same features of the positions of a row: of all, or along one of their axes."""
-    facts = reading.facts
-    if facts.op[node] not in {"sum", "mean"} or rank(facts.inputs[node][0]) < 3:
-        return False
-    source, sizes = facts.inputs[node][0], shape(node)
-    if len(sizes) > 1 and sizes[0] == shape(root)[0] and all(size == 1 for size in sizes[1:-1]):
-        return True
-    last = facts.nearest_above(source, reading.weighted)
-    axes = {features_axis(facts, reading.weighted[n], source) for n in last}
-    summed = node.args[1] if len(node.args) > 1 else []
-    along = (
-        {int(a) % rank(source) for a in summed if isinstance(a, int)} if isinstance(summed, (list, tuple)) else set()
-    )
-    fits = rank(source) == rank(root) and all(shape(source)[a] == shape(root)[a] for a in along)
-    return fits and bool(along and axes) and None not in axes and along.isdisjoint({0} | axes)
-
-
-def _pointwise(weighted: WeightedOp) -> bool:
-    value = weighted.weight.meta["val"]
-    return all(int(size) == 1 for size in value.shape[2:])
-
-
-def _smooths(reading: Reading, node: Node, own: int) -> bool:
-    """Whether it is a depthwise convolution behind the last projection of a sublayer."""
-    facts = reading.facts
-    full = facts.bits(n for n, w in reading.weighted.items() if not w.depthwise) & own
-    at = facts.position[node]
-    return reading.weighted[node].depthwise and bool(facts.above[at] & full) and not facts.below[at] & full

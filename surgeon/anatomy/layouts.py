@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from surgeon.anatomy.facts import CONVOLUTIONS, RESHAPES, Facts, rank, shape
+from surgeon.anatomy.facts import CONVOLUTIONS, RESHAPES, Facts
+from surgeon.anatomy.shapes import rank, shape
 from surgeon.anatomy.weighted import WeightedOp
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from surgeon.anatomy.joins import JoinOp, Reading
+from surgeon.anatomy.joins import JoinOp
 from surgeon.anatomy.norms import NormOp
+from surgeon.anatomy.reading import Reading
 from surgeon.anatomy.roles import downs
 from surgeon.anatomy.stacks import Place, Stack, stack_above, stack_below
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from surgeon.anatomy.facts import CASTS, Facts, width
+from surgeon.anatomy.facts import CASTS, Facts
+from surgeon.anatomy.shapes import width
 
 STATISTICS = frozenset({"mean", "sum", "var", "linalg_vector_norm", "norm"})
 SCALAR_STEPS = frozenset({"add", "clamp", "div", "mul", "to", "sqrt"})

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch.fx import Node
 
 from surgeon.anatomy.cores import Core
-from surgeon.anatomy.joins import JoinOp, Reading, Sublayer, trunk
+from surgeon.anatomy.joins import JoinOp, Sublayer, trunk
+from surgeon.anatomy.reading import Reading
 
 
 def replacing(reading: Reading, joins: Sequence[JoinOp]) -> list[JoinOp]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from surgeon.anatomy.facts import NONLINEARITIES, PRODUCTS, Facts, shapes_match
-from surgeon.anatomy.joins import Reading
+from surgeon.anatomy.facts import NONLINEARITIES, PRODUCTS, Facts
 from surgeon.anatomy.probe import features
+from surgeon.anatomy.reading import Reading
+from surgeon.anatomy.shapes import shapes_match
 from surgeon.anatomy.stacks import Place
 from surgeon.anatomy.weighted import WeightedOp
 

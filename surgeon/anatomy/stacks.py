@@ -14,7 +14,8 @@ from torch.fx import Node
 
 from surgeon.anatomy.cores import Core
 from surgeon.anatomy.facts import LAYOUTS, Facts
-from surgeon.anatomy.joins import JoinOp, Reading, Sublayer, previous
+from surgeon.anatomy.joins import JoinOp, Sublayer, previous
+from surgeon.anatomy.reading import Reading
 
 
 @dataclass(eq=False)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from surgeon.anatomy.facts import CONVOLUTIONS, PRODUCTS, RESHAPES, Facts, Weight, rank, shape, width
+from surgeon.anatomy.facts import CONVOLUTIONS, PRODUCTS, RESHAPES, Facts, Weight
+from surgeon.anatomy.shapes import rank, shape, width
 from surgeon.anatomy.sites import Experts
 
 
