@@ -26,6 +26,7 @@ from surgeon.base.checkpoint import Checkpoint
 from surgeon.errors import InvariantError, TraceError
 from surgeon.exporters.experts import translations
 from surgeon.exporters.exported import exported
+from surgeon.exporters.hiding import hidden
 from surgeon.exporters.layout import laid_out
 from surgeon.exporters.pairs import paired
 from surgeon.exporters.places import DATA, HALVES, Held, held_by, key, outside, place, save
@@ -140,7 +141,7 @@ def convert(
     source = paired(quantised(copied(program.graph_module), program, weights))
     if program.shares_cache:
         source = turned(shared(source, program, masks=masks))
-    source = laid_out(source, program, turned=weights not in OUTSIDE)
+    source = hidden(laid_out(source, program, turned=weights not in OUTSIDE))
     # Without gradients: attention of a mask that requires them is laid out in another way.
     with quiet(), torch.no_grad(), _in_linear_time():
         try:
