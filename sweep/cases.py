@@ -87,10 +87,19 @@ def _build(case: Case, config: PretrainedConfig) -> PreTrainedModel:
             for parameter in model.parameters():
                 if parameter.is_floating_point():
                     parameter.add_(0.05 * torch.randn_like(parameter))
-            for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
-                norm.weight.add_((1 - norm.weight.mean()).round())  # some begin at zero, and let nothing through
+            _let_through(model)
     assert isinstance(model, PreTrainedModel)
     return model.eval()
+
+
+def _let_through(model: PreTrainedModel) -> None:
+    """Widen what would let nothing through many layers: convolutions to a variance of one, batch norms of zeros."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d) and isinstance(weight, torch.nn.Parameter):
+            weight.mul_(weight[0].numel() ** -0.5 / weight.std().clamp(min=1e-3))
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            module.weight.add_((1 - module.weight.mean()).round())
 
 
 def _runs(model: PreTrainedModel) -> None:

@@ -33,9 +33,18 @@ def faults(model: PreTrainedModel, graph_module: fx.GraphModule, anatomy: Anatom
     return [
         *counts(model, anatomy),
         *widths(anatomy),
+        *_twice(anatomy),
         *removal(model, graph_module, anatomy),
         *peft_targets(model, graph_module, anatomy),
     ]
+
+
+def _twice(anatomy: Anatomy) -> Iterator[str]:
+    """No product has roles in two places."""
+    homes: dict[fx.Node, set[tuple[str, int | None]]] = defaultdict(set)
+    for p in anatomy.projections:
+        homes[p.node].add((p.stack, p.layer))
+    yield from (f"{node} stands in {sorted(map(str, home))}" for node, home in homes.items() if len(home) > 1)
 
 
 def counts(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[str]:
@@ -86,8 +95,9 @@ def _counted(anatomy: Anatomy, stacks: Sequence[str], total: int, between: int) 
     each = mixing == total or (attending == total and mixing % total == 0)
     if (each and (feeding % total == 0 or feeding == total + between)) or mixing + feeding == total:
         return None
-    places = {(j.stack, j.layer) for j in anatomy.joins if j.role == "residual.mixer" and j.stack in stacks}
-    if not attending and len(places) == total and feeding <= total:
+    within = [j for j in anatomy.joins if j.stack in stacks and j.layer is not None]
+    mixed, fed = ([(j.stack, j.layer) for j in within if j.role == f"residual.{k}"] for k in ("mixer", "ffn"))
+    if not attending and len(set(mixed)) == total and len(fed) == len(set(fed)):
         return None
     return f"{mixing} mixing and {feeding} feed-forward sublayers in {total} layers"
 
@@ -232,7 +242,27 @@ def _groups(anatomy: Anatomy) -> dict[tuple[str, ...], list[Join]]:
                 names |= {n for node in way for i in node.all_input_nodes if i not in way and (n := _parameter(i))}
             names |= _banks(join) - {n for p in anatomy.projections for n in (p.weight, p.bias)}
             groups[tuple(sorted(names))].append(join)
+        elif kind == "mixer" and (names := _last_weights(join)):
+            groups[tuple(sorted(names))].append(join)
     return groups
+
+
+def _last_weights(join: Join) -> set[str]:
+    """The weights that a branch ends with, convolutions' among them, and what is added or multiplied behind them."""
+    names: set[str] = set()
+    todo, seen = [join.branch], {join.branch}
+    while todo:
+        node = todo.pop()
+        if node is join.skip or node.op == "placeholder":
+            return set()  # of no weights
+        read = [i for i in node.all_input_nodes if i.op == "get_attr" or node.target in PICKS]
+        own = {n for i in read if (n := _parameter(i))}
+        names |= own
+        if any(i.meta["val"].ndim > 1 and min(i.meta["val"].shape[:2]) > 1 for i in read if _parameter(i)):
+            continue
+        todo += [i for i in node.all_input_nodes if i not in seen and i.op != "get_attr"]
+        seen.update(node.all_input_nodes)
+    return names
 
 
 def _banks(join: Join) -> set[str]:

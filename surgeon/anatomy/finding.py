@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from surgeon.anatomy.cores import cores
 from surgeon.anatomy.ends import embeddings, heads, index
-from surgeon.anatomy.facts import RESHAPES, Facts
+from surgeon.anatomy.facts import CONVOLUTIONS, RESHAPES, Facts
 from surgeon.anatomy.joins import JoinOp, blends, joins
 from surgeon.anatomy.layouts import features_axis
 from surgeon.anatomy.norm_places import NormPlace, norm_places
@@ -155,7 +155,7 @@ class Finder:
                 at = "before layer 0" if place.layer is None else f"layer {place.layer}"
                 self.notes.append(f"{at} of {place.stack.name}: its {place.kind} adds to no residual")
                 continue
-            last = downs(self.reading, place)
+            last, (entry, entry_axis) = downs(self.reading, place), self._entry(place)
             after = next(
                 (n for i, n in post.items() if self.facts.strip(i, [place.join.root]) is place.join.root), None
             )
@@ -168,33 +168,39 @@ class Finder:
                     add=place.sublayer.add,
                     skip=place.join.skip,
                     branch=place.sublayer.value,
-                    entry=self._entry(place),
+                    entry=entry,
                     width=int(shape(place.join.root)[axes[place]]),
                     axis=axes[place],
+                    entry_axis=entry_axis,
                     post_norm=after,
                 )
             )
         return found
 
     def _axes(self) -> dict[Place, int]:
-        """The axis of the features at every join: told by its last projection, or by that of another of its stack."""
-        told: dict[Place, int] = {}
-        for place in self.sublayers:
-            last = downs(self.reading, place)
-            axis = features_axis(self.facts, last[-1], place.sublayer.value) if last else None
-            if axis is not None:
-                told[place] = -1 if axis == rank(place.join.root) - 1 else axis
-        by_stack = {(place.stack, rank(place.join.root)): axis for place, axis in told.items()}
-        return {p: told.get(p, by_stack.get((p.stack, rank(p.join.root)), -1)) for p in self.sublayers}
+        """The axis of the features at every join: the last where those of a stack do not all say another.
 
-    def _entry(self, place: Place) -> Node:
-        """What the sublayer's first weighted op reads, in the stream's own rank."""
+        A convolution says it, and so does another projection that is turned behind, unless it is one of positions:
+        then other joins of its stack say otherwise.
+        """
+        told: dict[tuple[Stack, int], set[int]] = {}
+        for place in self.sublayers:
+            last, root = downs(self.reading, place), place.join.root
+            axis = features_axis(self.facts, last[-1], place.sublayer.value) if last else None
+            if axis is not None and shape(root)[axis] == last[-1].out_features:
+                told.setdefault((place.stack, rank(root)), set()).add(axis)
+        found = {key: axes.pop() if len(axes) == 1 else -1 for key, axes in told.items()}
+        axes = {place: found.get((place.stack, rank(place.join.root)), -1) for place in self.sublayers}
+        return {place: -1 if axis == rank(place.join.root) - 1 else axis for place, axis in axes.items()}
+
+    def _entry(self, place: Place) -> tuple[Node, int]:
+        """What the sublayer's first weighted op reads, in the stream's own rank, and the axis of its features."""
         own = [n for n in self.reading.weighted if place.sublayer.own & self.facts.bit(n)]
         first = min(own, key=self.facts.position.__getitem__, default=None)
         node = self.reading.weighted[first].input if first else place.join.stream
         while rank(node) != rank(place.join.root) and self.facts.op[node] in RESHAPES:
             node = self.facts.inputs[node][0]
-        return node
+        return node, 1 if first and self.facts.op[first] in CONVOLUTIONS else -1
 
     def _attentions(self) -> list[Attention]:
         return [

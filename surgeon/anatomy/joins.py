@@ -1,7 +1,7 @@
 """Fifth step of anatomy: residual joins, their chains, and what each sublayer does.
 
 A join is an add whose one term, the skip, lies above the other terms, the branches, with weights on the way. Where
-a stage changes the width of its stream the skip is projected too, beside the attention that it is added to.
+a stage changes the size of its stream the skip is projected too, beside the attention or the convolutions.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from torch.fx import Node
 
 from surgeon.anatomy.cores import Core
 from surgeon.anatomy.facts import CASTS, CONVOLUTIONS, NONLINEARITIES, PRODUCTS, Facts
-from surgeon.anatomy.kinds import MIXERS, kind_of
+from surgeon.anatomy.kinds import MIXERS, kind_of, pointwise
 from surgeon.anatomy.reading import Reading
 from surgeon.anatomy.shapes import rank, shapes_match, width
+
+Leaves = tuple[Node, Node, list[tuple[Node, Node]]]
+"""Of a tree of adds the skip, the stream that it is, and the branches, each with the add that consumes it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +57,12 @@ def joins(reading: Reading) -> list[JoinOp]:
     moving = facts.bits(active) | facts.bits(n for n in facts.nodes if facts.op[n] in MIXERS)
     found = [j for node in _outermost_adds(facts) if (j := _join(reading, node, moving)) is not None]
     found = _without_long_skips(facts, found, moving)
+    roots = facts.bits(join.root for join in found)
+    found = [
+        j
+        for j in found
+        if facts.strip(j.skip, reading.norms) is j.stream or not j.interval & roots & ~facts.bit(j.root)
+    ]
     return [_told_apart(reading, join, found) for join in found]
 
 
@@ -128,7 +137,7 @@ def _tree(facts: Facts, add: Node) -> list[tuple[Node, Node]]:
 def _join(reading: Reading, root: Node, moving: int) -> JoinOp | None:
     facts = reading.facts
     leaves = _tree(facts, root)
-    best: tuple[Node, Node, list[tuple[Node, Node]]] | None = None
+    best: Leaves | None = None
     for skip, _ in leaves:
         stream = facts.strip(skip, reading.norms)
         ends = {u: facts.written(add, u) for u, add in leaves}
@@ -148,31 +157,37 @@ def _join(reading: Reading, root: Node, moving: int) -> JoinOp | None:
     return JoinOp(root, skip, stream, sublayers, interval)
 
 
-def _widened(
-    reading: Reading, root: Node, leaves: list[tuple[Node, Node]]
-) -> tuple[Node, Node, list[tuple[Node, Node]]] | None:
+def _widened(reading: Reading, root: Node, leaves: list[tuple[Node, Node]]) -> Leaves | None:
     """Skip, stream and branch where the skip is one projection of what the branch reads, to another size.
 
-    The branch attends or convolves. The former stream ends there: one that comes back later goes around a bottleneck.
+    The branch attends or convolves; of two convolutions the skip is the pointwise one. The former stream ends there:
+    one that comes back later goes around a bottleneck.
     """
     facts = reading.facts
+    found: list[tuple[bool, Leaves]] = []
     for (skip, _), (value, add) in permutations(leaves, 2):
         end = facts.written(add, value)
         shared = facts.above[facts.position[skip]] & facts.above[facts.position[end]]
         fork = facts.nodes[shared.bit_length() - 1] if shared else skip
-        if shapes_match(skip, fork) or not any(
-            n in reading.cores or facts.op[n] in CONVOLUTIONS for n in facts.members(facts.interval(fork, end))
-        ):
+        if shapes_match(skip, fork):
             continue
-        beside = list(facts.members(facts.interval(fork, skip)))
+        way, beside = (list(facts.members(facts.interval(fork, to))) for to in (end, skip))
+        mixes = any(n in reading.cores or facts.op[n] in CONVOLUTIONS for n in way) and skip not in way
         straight = not any(facts.op[n] in NONLINEARITIES or n in reading.cores for n in beside)
+        once = [reading.weighted[n] for n in beside if n in reading.weighted]
         stream = trunk(reading, fork, {})
         before = facts.members(facts.interval(stream, fork) | facts.bit(stream))
         ends = not any(facts.is_above(root, user) for node in before for user in facts.users[node])
-        once = len([n for n in beside if n in reading.weighted]) == 1
-        if straight and once and ends and _ends_projected(reading, end, fork):
-            return skip, stream, [(value, add)]
-    return None
+        if mixes and straight and len(once) == 1 and ends and _ends_projected(reading, end, fork):
+            found.append((pointwise(once[0]), (skip, stream, [(value, add)])))
+    return max(found, key=lambda f: f[0])[1] if found else None
+
+
+def _without_widened_stages(reading: Reading, found: list[JoinOp]) -> list[JoinOp]:
+    """Drop joins of a projected skip whose branch has joins of its own: a stage beside another way is no sublayer."""
+    facts = reading.facts
+    roots = facts.bits(join.root for join in found)
+    return [j for j in found if facts.strip(j.skip, reading.norms) is j.stream or not j.interval & roots]
 
 
 def _ends_projected(reading: Reading, value: Node, stream: Node) -> bool:

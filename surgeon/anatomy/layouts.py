@@ -8,6 +8,10 @@ from surgeon.anatomy.facts import CONVOLUTIONS, RESHAPES, Facts
 from surgeon.anatomy.shapes import rank, shape
 from surgeon.anatomy.weighted import WeightedOp
 
+SPLITS = frozenset({"split", "split_with_sizes", "chunk", "tensor_split"})
+"""Their pieces have all axes of the whole."""
+MIXED = frozenset({"t", "numpy_T", "einsum"})
+
 
 def features_axis(facts: Facts, op: WeightedOp, value: Node) -> int | None:
     """The axis on which the features of a projection stand in a value made of them; None where they are mixed."""
@@ -20,17 +24,16 @@ def features_axis(facts: Facts, op: WeightedOp, value: Node) -> int | None:
 
 
 def _moved(facts: Facts, node: Node, before: Node, axis: int) -> int | None:
-    if facts.op[node] == "permute":
+    op, old, new = facts.op[node], shape(before), shape(node)
+    if op == "permute":
         order = node.args[1]
         assert isinstance(order, (list, tuple))
-        return [int(a) % rank(before) for a in order if isinstance(a, int)].index(axis)
-    if facts.op[node] == "transpose":
-        one, other = (int(a) % rank(before) for a in node.args[1:3] if isinstance(a, int))
+        return [int(a) % len(old) for a in order if isinstance(a, int)].index(axis)
+    if op == "transpose":
+        one, other = (int(a) % len(old) for a in node.args[1:3] if isinstance(a, int))
         return {one: other, other: one}.get(axis, axis)
-    pieces = not shape(node) or not shape(before)  # of a split
-    if pieces or (rank(node) == rank(before) and facts.op[node] not in RESHAPES):
+    if {op, facts.op[before]} & SPLITS or (len(new) == len(old) and op not in RESHAPES | MIXED):
         return axis
-    old, new = shape(before), shape(node)
-    if axis == rank(before) - 1:
-        return rank(node) - 1 if new[-1] == old[-1] else None
+    if axis == len(old) - 1:
+        return len(new) - 1 if new[-1:] == old[-1:] else None
     return axis if new[: axis + 1] == old[: axis + 1] else None

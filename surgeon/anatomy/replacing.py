@@ -9,6 +9,7 @@ from torch.fx import Node
 from surgeon.anatomy.cores import Core
 from surgeon.anatomy.joins import JoinOp, Sublayer, trunk
 from surgeon.anatomy.reading import Reading
+from surgeon.anatomy.shapes import shape
 
 
 def replacing(reading: Reading, joins: Sequence[JoinOp]) -> list[JoinOp]:
@@ -18,41 +19,41 @@ def replacing(reading: Reading, joins: Sequence[JoinOp]) -> list[JoinOp]:
     inside = 0
     for join in joins:
         inside |= join.interval
-    free = [core for core in reading.cores.values() if not inside & facts.bit(core.node) and _attends(reading, core)]
+    free = [core for core in reading.cores.values() if not inside & facts.bit(core.node)]
     found: dict[Node, JoinOp] = {}
     for join in joins:
         answer = trunk(reading, join.skip, roots)
         own = [c for c in free if answer not in roots and facts.is_above(c.mixed, answer)]
         own = [c for c in own if not facts.interval(c.mixed, answer) & facts.bits(roots)]
-        if own and answer not in found:
-            found[answer] = _replaced(reading, answer, own, roots)
+        if own and answer not in found and not _pooled(answer):
+            replaced = _replaced(reading, answer, own, roots, inside)
+            found |= {answer: replaced} if replaced else {}
     return list(found.values())
 
 
-def _attends(reading: Reading, core: Core) -> bool:
-    """Whether it goes from a stream to itself: not by queries of its own, as where a text is pooled."""
-    return bool(_shared(reading, [core]))
+def _pooled(answer: Node) -> bool:
+    """Whether it is of one position: a head's, that weighs a text into one."""
+    return all(size == 1 for size in shape(answer)[1:-1])
 
 
-def _shared(reading: Reading, cores: Sequence[Core]) -> int:
-    above = reading.facts.above
-    shared = -1
-    for core in cores:
-        for operand in (core.query, core.key, core.value):
-            shared &= above[reading.facts.position[operand]]
-    return shared
-
-
-def _replaced(reading: Reading, answer: Node, cores: Sequence[Core], roots: dict[Node, JoinOp]) -> JoinOp:
+def _replaced(
+    reading: Reading, answer: Node, cores: Sequence[Core], roots: dict[Node, JoinOp], inside: int
+) -> JoinOp | None:
+    """From the stream that all of queries, keys and values come from; from the queries' where joins lie between."""
     facts = reading.facts
-    shared = _shared(reading, cores)
-    stream = trunk(reading, facts.nodes[shared.bit_length() - 1], roots)
-    before = [root for root in roots if facts.is_above(root, stream) or root is stream]
-    own = facts.interval(stream, answer)
-    return JoinOp(
-        root=answer,
-        skip=max(before, key=facts.position.__getitem__, default=stream),
-        stream=stream,
-        sublayers=(Sublayer(answer, answer, own, "attention", tuple(cores)),),
-        interval=own,
-    )
+    queries = [core.query for core in cores]
+    for operands in ([*queries, *(o for core in cores for o in (core.key, core.value))], queries):
+        shared = -1
+        for operand in operands:
+            shared &= facts.above[facts.position[operand]]
+        if not shared:
+            continue
+        fork = facts.nodes[shared.bit_length() - 1]
+        before = [root for root in roots if root is fork or facts.is_above(root, fork)]
+        last = max(before, key=facts.position.__getitem__, default=None)
+        stream = last if operands is queries else trunk(reading, fork, roots)
+        own = facts.interval(stream, answer) if stream else 0
+        if stream and not own & facts.bits(roots):
+            sublayer = Sublayer(answer, answer, own & ~inside, "attention", tuple(cores))
+            return JoinOp(answer, last or stream, stream, (sublayer,), own & ~inside)
+    return None

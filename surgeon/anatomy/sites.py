@@ -80,7 +80,7 @@ class Norm(Site):
 class Join(Site):
     """A residual add: `add = skip + branch`, the branch being a sublayer's result `[B, S, width]`.
 
-    Where convolutions work it is `[B, width, H, W]`: `axis` is that of the features.
+    Where convolutions work it is `[B, width, H, W]`: `axis` is that of the features, and `entry_axis` the entry's.
     """
 
     add: Node
@@ -90,6 +90,7 @@ class Join(Site):
     """The direct input of the sublayer: the stream for post-norm, the norm's output for pre-norm."""
     width: int
     axis: int = -1
+    entry_axis: int = -1
     post_norm: Norm | None = None
     """The norm applied to this join's result, where the next sublayer's skip is that norm's output."""
 

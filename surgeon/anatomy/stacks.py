@@ -148,7 +148,7 @@ def _layers(reading: Reading, chain: Stack, kinds: dict[Sublayer, str]) -> tuple
     if not sound or (len(set(numbers)) == 1 and max(by_structure) > 0):
         return [*by_structure], []
     if _of_stages(inside, fed):
-        front = next(at for at, join in enumerate(chain.joins) if join.adds and not fed[at])
+        front = next((at for at, join in enumerate(chain.joins) if join.adds and not fed[at]), 0)
         front = front if front and numbers[front - 1] != numbers[front] else 0  # what ends the stage before
         return [*[None] * front, *_by_structure(Stack(chain.joins[front:]), kinds)], []
     if len(set(numbers)) == 1 and _mix_again(inside, mixes):

@@ -87,11 +87,12 @@ class Adapter(Pass):
 
     def _adapt(self, program: Program, join: Join) -> None:
         deltas = self._weights(program, join)
-        f = partial(self._mlp, join)
+        f = self._across(join, join.axis)
         if self.placement == "houlsby":
             program.replace_operand([join.add], join.branch, lambda b, *w: b + f(b, *w), deltas)
         elif self.placement == "parallel":
             check_entry(join)
+            f = self._across(join, join.entry_axis)
             program.replace_operand([join.add], join.branch, lambda b, x, *w: b + f(x, *w), deltas, also=(join.entry,))
         else:
             self._after_join(program, join, deltas)
@@ -125,7 +126,7 @@ class Adapter(Pass):
 
     def _after_join(self, program: Program, join: Join, deltas: tuple[Delta, ...]) -> None:
         """Pfeiffer's layout: the norm behind the join is used twice, on the join and on the sum."""
-        f, before = partial(self._mlp, join), set(program.current(join.add).users)
+        f, before = self._across(join, join.axis), set(program.current(join.add).users)
         z = normed(program, join)
         if z is program.current(join.add):
             program.replace(join.add, lambda j, *w: j + f(j, *w), deltas)
@@ -134,29 +135,35 @@ class Adapter(Pass):
                 join.add, lambda j, z, *w: j + f(z, *w), deltas, also=(z,), keep=added(program, join, before)
             )
 
-    def _mlp(self, join: Join, z: Tensor, *weights: Tensor) -> Tensor:
-        down, down_bias, up, up_bias = weights
-        hidden = ACTIVATIONS[self.activation](features_last(join, z) @ down + down_bias)
-        return features_back(join, hidden @ up + up_bias)
+    def _across(self, join: Join, axis: int) -> Callable[..., Tensor]:
+        """f on a value whose features stand on `axis`, laid out as the join is."""
+        return lambda z, *weights: features_back(join, self._mlp(features_last(z, axis), *weights))
+
+    def _mlp(self, z: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation](z @ down + down_bias) @ up + up_bias
 
 
 def check_entry(join: Join) -> None:
-    """Raise SpecError where a sublayer reads another number of features than it gives."""
-    given = join.entry.meta["val"].shape
-    if given[join.axis] != join.width:
+    """Raise SpecError where what a sublayer reads and what it gives are of other sizes."""
+    given, wanted = (
+        features_last(node.meta["val"], axis).shape
+        for node, axis in ((join.entry, join.entry_axis), (join.branch, join.axis))
+    )
+    fixed = all(a == b or not (str(a) + str(b)).isdigit() for a, b in zip(given, wanted, strict=False))
+    if len(given) != len(wanted) or not fixed:
         raise SpecError(
-            f"a parallel adapter at {join.label} would read {list(map(str, given))} and add {join.width} features",
+            f"a parallel adapter at {join.label} would read {list(map(str, given))} and add {list(map(str, wanted))}",
             try_="another placement there, or a `where` that leaves it out",
         )
 
 
-def features_last(join: Join, z: Tensor) -> Tensor:
-    """A value of a join's layout with the features on the last axis."""
-    return z if join.axis == -1 else z.movedim(join.axis, -1)
+def features_last(z: Tensor, axis: int) -> Tensor:
+    """A value with the features of `axis` on the last one."""
+    return z if axis == -1 else z.movedim(axis, -1)
 
 
 def features_back(join: Join, z: Tensor) -> Tensor:
-    """The inverse of `features_last`."""
+    """A value whose features are last, laid out as a join is."""
     return z if join.axis == -1 else z.movedim(-1, join.axis)
 
 

@@ -130,10 +130,10 @@ class Fusion(Pass):
         activation = ACTIVATIONS[self.activation]
 
         def narrow(u: Tensor, down: Tensor, bias: Tensor) -> Tensor:
-            return activation(features_last(join, u) @ down + bias)
+            return activation(features_last(u, join.axis) @ down + bias)
 
         def attend(a: Tensor, u: Tensor, *of: Tensor) -> Tensor:
-            u, (p, p_bias, w, b, groups) = features_last(join, u), of
+            u, (p, p_bias, w, b, groups) = features_last(u, join.axis), of
             return torch.softmax((a * (u @ p + p_bias)) @ groups + (u @ w + b), -1)
 
         def mix(x: Tensor, a: Tensor, s: Tensor, *of: Tensor) -> Tensor:

@@ -146,6 +146,7 @@ class TritonPythonModel:
             )
 
     def _admit(self, request: Any) -> list[Part] | Exception:
+        parts: list[Part] = []
         try:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             named = _tasks(inputs.pop(TASK, None))
@@ -157,6 +158,8 @@ class TritonPythonModel:
             for _, job in parts:
                 self._answering.queue.submit(job)
         except Exception as error:
+            for _, job in parts:
+                job.future.cancel()
             return error
         return parts
 
@@ -193,7 +196,7 @@ def _joined(parts: Sequence[tuple[Rows, Outputs]]) -> Outputs:
             raise SpecError(
                 f"the rows of the request name tasks whose '{name}' differ in shape",
                 there_is=", ".join(str(list(array.shape[1:])) for array in arrays),
-                try_="a request for each task",
+                try_="a request for each task; or, of answers for each token, texts of one length",
             )
         joined[name] = np.concatenate(arrays)[order]
     return joined

@@ -26,8 +26,8 @@ D, LAYERS = 16, 4
 class StromConfig(PretrainedConfig):
     model_type = "strom"
 
-    def __init__(self, widened: int | None = None, every: int = LAYERS + 1, **rest: Any) -> None:
-        self.widened, self.every = widened, every
+    def __init__(self, widened: int | None = None, every: int = LAYERS + 1, pooled: bool = False, **rest: Any) -> None:
+        self.widened, self.every, self.pooled = widened, every, pooled
         super().__init__(**rest)
 
 
@@ -43,13 +43,15 @@ class Layer(nn.Module):
         self.skip = nn.Linear(width, out) if out != width else None
         self.up, self.down = nn.Linear(out, 2 * out), nn.Linear(2 * out, out)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, first: int | None = None) -> Tensor:
         normed = self.before(x)
-        q, k, v = (p(normed).unflatten(-1, (2, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        projected = self.q(normed[:, :first]), self.k(normed), self.v(normed)
+        q, k, v = (p.unflatten(-1, (2, -1)).transpose(1, 2) for p in projected)
         mixed = self.o(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
         if not self.replaces:
             mixed = (x if self.skip is None else self.skip(normed)) + mixed
-        result: Tensor = mixed + self.down(F.gelu(self.up(self.after(mixed))))
+        hidden = F.gelu(self.up(self.after(mixed)))
+        result: Tensor = mixed + self.down(hidden / (1 + hidden.square().mean(-1)).sqrt().unsqueeze(-1))
         return result
 
 
@@ -61,8 +63,9 @@ class Strom(PreTrainedModel):
         self.words = nn.Embedding(64, D)
         widths = [D if config.widened is None or at < config.widened else 2 * D for at in range(LAYERS + 1)]
         self.layers = nn.ModuleList(
-            Layer(widths[at], widths[at + 1], at % config.every == 0 and config.widened is None) for at in range(LAYERS)
+            Layer(widths[at], widths[at + 1], at % config.every == 0 and config.every <= LAYERS) for at in range(LAYERS)
         )
+        self.pool = Layer(D, D, replaces=True) if config.pooled else None
         self.out = nn.Linear(widths[-1], config.num_labels)
         self.loss_type = "ForSequenceClassification"
         self.post_init()
@@ -74,6 +77,8 @@ class Strom(PreTrainedModel):
         x = self.words(input_ids)
         for layer in self.layers:
             x = layer(x, attention_mask.bool()[:, None, None, :])
+        if self.pool is not None:
+            x = self.pool(x, attention_mask.bool()[:, None, None, :], first=1)
         return SequenceClassifierOutput(logits=self.out(x[:, 0]))
 
 
@@ -102,6 +107,12 @@ def test_an_attention_that_replaces_the_stream_has_all_roles_and_no_join() -> No
         f"layers.{at}.{side}": "pre" for at in range(LAYERS) for side in ("before", "after")
     }
     assert attempt(open_base(model), graph_module, [*surgery(anatomy).values()]) == "ok"
+
+
+def test_a_head_that_weighs_a_text_into_one_is_no_layer() -> None:
+    anatomy = find(trace(strom(pooled=True)))
+    assert anatomy.layers == {"encoder": LAYERS, "stack1": 1}
+    assert [(a.stack, a.layer) for a in anatomy.attentions] == [("encoder", at) for at in range(LAYERS)]
 
 
 def test_a_join_that_is_not_there_cannot_be_selected() -> None:
