@@ -49,8 +49,6 @@ CAUSES: dict[str, str] = {
     "qwen4_exp_text": "trace: a token sees whole blocks of what the data leave visible: sizes that hang on data",
     "recurrent_gemma": _LOOP,
     "reformer": "trace: in training the model takes texts of the one length that its axial positions multiply to",
-    "regnet": f"{_IMAGES}where a stage begins the skip is projected, so that no stream goes through",
-    "resnet": f"{_IMAGES}where a stage begins the skip is projected, so that no stream goes through",
     "rwkv": _LOOP,
     "shieldgemma2": "build: the model reads the logits of tokens 10,784 and 3,771, which a small vocabulary has not",
     "siglip2": "build: the model takes patches, a mask over them and their shapes, no image",
