@@ -21,7 +21,7 @@ from surgeon.anatomy.roles import Part, downs, parts
 from surgeon.anatomy.shapes import rank, shape
 from surgeon.anatomy.sites import Anatomy, Attention, Embedding, Join, Norm, Projection
 from surgeon.anatomy.stacks import Place, Stack, places, stack_above, stack_below, stacks
-from surgeon.anatomy.weighted import weighted_ops
+from surgeon.anatomy.weighted import WeightedOp, weighted_ops
 
 
 def find(graph_module: fx.GraphModule) -> Anatomy:
@@ -78,8 +78,12 @@ class Finder:
         )
 
     def _projections(self) -> list[Projection]:
+        home: dict[WeightedOp, Place] = {}  # what two sublayers read is the first one's, lest a delta be added twice
         placed: list[tuple[Part, str, int | None]] = [
-            (part, place.stack.name, place.layer) for place in self.sublayers for part in self.parts[place]
+            (part, place.stack.name, place.layer)
+            for place in self.sublayers
+            for part in self.parts[place]
+            if home.setdefault(part.op, place) is place
         ]
         taken = {part.op for part, _, _ in placed}
         inside = self.facts.bits(op.node for op in taken)

@@ -160,8 +160,8 @@ def _join(reading: Reading, root: Node, moving: int) -> JoinOp | None:
 def _widened(reading: Reading, root: Node, leaves: list[tuple[Node, Node]]) -> Leaves | None:
     """Skip, stream and branch where the skip is one projection of what the branch reads, to another size.
 
-    The branch attends or convolves; of two convolutions the skip is the pointwise one. The former stream ends there:
-    one that comes back later goes around a bottleneck.
+    The branch attends, or convolves with a nonlinearity; of two ways the skip is the pointwise one. The former stream
+    ends there: one that comes back later goes around a bottleneck.
     """
     facts = reading.facts
     found: list[tuple[bool, Leaves]] = []
@@ -173,12 +173,13 @@ def _widened(reading: Reading, root: Node, leaves: list[tuple[Node, Node]]) -> L
             continue
         way, beside = (list(facts.members(facts.interval(fork, to))) for to in (end, skip))
         mixes = any(n in reading.cores or facts.op[n] in CONVOLUTIONS for n in way) and skip not in way
+        bends = any(n in reading.cores or facts.op[n] in NONLINEARITIES for n in way)
         straight = not any(facts.op[n] in NONLINEARITIES or n in reading.cores for n in beside)
         once = [reading.weighted[n] for n in beside if n in reading.weighted]
         stream = trunk(reading, fork, {})
         before = facts.members(facts.interval(stream, fork) | facts.bit(stream))
         ends = not any(facts.is_above(root, user) for node in before for user in facts.users[node])
-        if mixes and straight and len(once) == 1 and ends and _ends_projected(reading, end, fork):
+        if mixes and bends and straight and len(once) == 1 and ends and _ends_projected(reading, end, fork):
             found.append((pointwise(once[0]), (skip, stream, [(value, add)])))
     return max(found, key=lambda f: f[0])[1] if found else None
 
