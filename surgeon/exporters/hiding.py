@@ -31,5 +31,5 @@ def hidden(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Nothing where the mask is true, and the least number there is where it is false."""
-    return torch.where(mask, torch.zeros((), dtype=dtype), torch.full((), torch.finfo(dtype).min, dtype=dtype))
+    """Nothing where the mask is true; where it is false half the least number, which no score makes infinite."""
+    return torch.where(mask, torch.zeros((), dtype=dtype), torch.full((), torch.finfo(dtype).min / 2, dtype=dtype))

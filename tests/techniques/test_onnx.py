@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import surgeon
+from surgeon.exporters.hiding import added
 from surgeon.runtime.taskfile import write_adapter
 
 COMPOSED = {
@@ -191,6 +192,15 @@ def test_a_row_of_nothing_but_padding_is_finite_and_touches_no_other(build):
     emptied = build.run(fed, "moved")
     assert np.isfinite(emptied).all()
     assert np.abs(emptied - whole)[[0, 2]].max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_is_hidden_weighs_nothing_and_a_row_of_it_is_finite(dtype):
+    scores = torch.tensor([[-900.0, -700.0]], dtype=dtype)
+    for seen, wanted in (([True, False], [1.0, 0.0]), ([False, False], None)):
+        weights = torch.softmax(scores + added(torch.tensor([seen]), dtype), -1)
+        assert weights.isfinite().all()
+        assert wanted is None or weights.tolist() == [wanted]
 
 
 def test_tasks_swapped_back_and_forth_change_no_bit(build):
