@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -63,7 +64,7 @@ def loading(folder: Path) -> Iterator[Section]:
             private = Path(tempfile.mkdtemp(dir=folder))
             runs: dict[str, Callable[[], object]] = {
                 "bare": lambda path=path: LoraAdapter().Load(str(path)),  # type: ignore[misc]
-                "store": partial(_kept, [], store, f"r{rank}", private),
+                "store": partial(_held, deque(maxlen=RESIDENT), store, f"r{rank}", private),
             }
             with Session(build, threads=THREADS) as session:
                 runs["added"] = partial(session.add_task, path, "one", replace=True)
@@ -82,11 +83,11 @@ def loading(folder: Path) -> Iterator[Section]:
     )
 
 
-def _kept(kept: list[object], store: TaskStore, name: str, private: Path) -> None:
-    """Read a task and map it; nothing goes while the clock runs."""
+def _held(held: deque[object], store: TaskStore, name: str, private: Path) -> None:
+    """Read a task and map it; where as many are held as may be, the first of them goes."""
     task = store.load(name, private).task
     task.load()
-    kept.append(task)
+    held.append(task)
 
 
 def calls(folder: Path) -> Iterator[Section]:

@@ -12,10 +12,11 @@ import secrets
 import struct
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,18 +105,23 @@ def private_copy(path: Path, directory: Path) -> tuple[Path, bytes]:
         data = path.read_bytes()
     except OSError as error:
         raise DeltaError(f"the task file cannot be read: {error.strerror}", where=str(path)) from error
-    return private_file(data, directory), data
+    with private_file(directory) as file:
+        file.write(data)
+    return Path(file.name), data
 
 
-def private_file(data: Bytes, directory: Path) -> Path:
-    """A file of these bytes under a fresh name."""
+@contextmanager
+def private_file(directory: Path) -> Iterator[IO[bytes]]:
+    """A file under a fresh name, to be written. It goes again where what is done within fails."""
     try:
-        handle, name = tempfile.mkstemp(suffix=SUFFIX, dir=directory)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
+        with tempfile.NamedTemporaryFile(suffix=SUFFIX, dir=directory, delete=False) as file:
+            try:
+                yield file
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
     except OSError as error:
         raise BuildError(f"no private copy of the task can be made: {error.strerror}", where=str(directory)) from error
-    return Path(name)
 
 
 def read_checked(path: Path) -> dict[str, Array]:

@@ -20,10 +20,8 @@ from surgeon.runtime.ort import ORT_ERRORS
 from surgeon.runtime.taskfile import (
     SUFFIX,
     Array,
-    Bytes,
     parse_adapter,
     private_copy,
-    private_file,
     read_checked,
     write_adapter,
 )
@@ -81,7 +79,7 @@ class RunnableTask:
         left = {name: tensor for name, tensor in self.tensors().items() if name not in dropped}
         path = self.path.with_name(f"{self.path.name.removesuffix(SUFFIX)}.drop-{layers}{SUFFIX}")
         write_adapter(path, left, manifest.base.fingerprint)
-        return _runnable(self.info, path)
+        return runnable(self.info, path)
 
     def values(self) -> Mapping[str, OrtValue]:
         """The task's tensors, to be bound by name where ONNX Runtime ignores adapters; read at the first call."""
@@ -137,15 +135,10 @@ def load_task(
         sizes=MappingProxyType(sizes),
         parameters=sum(array.size for array in file.tensors.values()),
     )
-    return _runnable(info, copy)
+    return runnable(info, copy)
 
 
-def load_checked(info: TaskInfo, data: Bytes, directory: Path) -> RunnableTask:
-    """Load the bytes of a task file that was checked before, from a copy in the private `directory`."""
-    return _runnable(info, private_file(data, directory))
-
-
-def _runnable(info: TaskInfo, path: Path) -> RunnableTask:
+def runnable(info: TaskInfo, path: Path) -> RunnableTask:
     """A task of a checked file, which goes when the task does. It is loaded by the first run that needs it so: where
     texts are written, or rows have a task each, its tensors are read instead, and both would be in memory.
     """

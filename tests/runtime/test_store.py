@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -9,17 +10,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
 
 from surgeon.errors import BuildError, DeltaError, SpecError
-from surgeon.runtime.store import TaskStore, place_of
-from surgeon.runtime.store.places import KEPT
+from surgeon.runtime.store import TaskStore
+from surgeon.runtime.store.sealed import CHUNK, seal, unseal
 from surgeon.runtime.taskfile import SUFFIX
+from surgeon.runtime.tasks import TaskInfo
 
 Pack = Callable[..., Path]
 
@@ -222,19 +223,28 @@ def test_what_dead_writers_left_goes_after_an_hour(build: Path, tmp_path: Path) 
     assert (old.exists(), young.exists()) == (False, True)
 
 
-def test_threads_read_files_of_all_sizes_each_as_it_is(tmp_path: Path) -> None:
-    place = place_of(tmp_path)
-    files = {str(size): bytes([size % 251]) * size for size in (0, 1, 5_000, 300, 70_000, KEPT + 1)}
-    for name, data in files.items():
-        assert place.write(name, data, new=True)
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 5_000, CHUNK - 300, CHUNK, CHUNK + 1, 3 * CHUNK + 4097])
+def test_a_file_of_any_size_is_unsealed_as_it_was_sealed(size: int) -> None:
+    data = np.random.default_rng(size).bytes(size)
+    info = TaskInfo("a", ("no", "yes"), 2, MappingProxyType({"r": 4}), 100)
+    whole, out = seal(data, info, "1234"), io.BytesIO()
+    assert unseal(io.BytesIO(whole), "a", "1234", "here", out).info == info
+    assert out.getvalue() == data
+    for at in {0, size // 2, len(whole) - 60} if size else {3}:
+        changed = whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :]
+        with pytest.raises(DeltaError, match="checksum does not hold"):
+            unseal(io.BytesIO(changed), "a", "1234", "here")
 
-    def read(shift: int) -> bool:
-        names = list(files)[shift:] + list(files)[:shift]
-        return all(bytes(place.read(name) or b"") == files[name] for name in names * 3)
 
-    with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(read, range(len(files))))
-    assert place.read("none") is None
+def test_what_is_refused_leaves_no_file_behind(store: TaskStore, marked: Callable[..., Path], tmp_path: Path) -> None:
+    store.add(marked(1.0), "a")
+    path, private = tmp_path / "store" / f"a{SUFFIX}", tmp_path / "private"
+    private.mkdir()
+    data = path.read_bytes()
+    path.write_bytes(data[:400] + bytes([data[400] ^ 1]) + data[401:])
+    with pytest.raises(DeltaError):
+        store.load("a", private)
+    assert list(private.iterdir()) == []
 
 
 def test_of_threads_that_add_one_name_one_wins(store: TaskStore, marked: Callable[..., Path], tmp_path: Path) -> None:

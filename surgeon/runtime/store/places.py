@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
-import threading
 import time
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Protocol
 
 from surgeon.errors import BuildError, SpecError
-from surgeon.runtime.taskfile import Bytes
 
-KEPT = 16 << 20
-"""Bytes of a file, at most, that is read into memory that the thread has from the last one: new memory costs more than
-reading into it.
-"""
+Stream = io.FileIO | io.BytesIO
+
 STALE = 3600.0
 """Seconds after which what a writer left unfinished is nobody's."""
 
@@ -32,8 +29,8 @@ class Place(Protocol):
     def version(self, name: str) -> Hashable | None:
         """Something else after every change of a file; None where there is none."""
 
-    def read(self, name: str) -> Bytes | None:
-        """A file's bytes, None where there is none; they hold until this thread reads the next file."""
+    def open(self, name: str) -> Stream | None:
+        """A file as it is at this moment, whatever becomes of its name; None where there is none."""
 
     def write(self, name: str, data: bytes, *, new: bool) -> bool:
         """Write a file; with `new`, only where there is none. Whether it was written."""
@@ -48,7 +45,6 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.where = str(path)
         self._path = path
-        self._own = threading.local()
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -67,24 +63,12 @@ class Folder:
             return None
         return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
-    def read(self, name: str) -> Bytes | None:
-        """The bytes of one moment: a file that is replaced meanwhile is read to its end."""
+    def open(self, name: str) -> io.FileIO | None:
+        """A file that is replaced meanwhile is read to its end."""
         try:
-            with (self._path / name).open("rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size > KEPT:
-                    return file.readall()
-                view = memoryview(self._memory(size))[:size]
-                return view[: file.readinto(view)]
+            return io.FileIO(self._path / name)
         except FileNotFoundError:
             return None
-
-    def _memory(self, size: int) -> bytearray:
-        """This thread's, of so many bytes or more."""
-        memory: bytearray | None = getattr(self._own, "memory", None)
-        if memory is None or len(memory) < size:
-            memory = self._own.memory = bytearray(size)
-        return memory
 
     def write(self, name: str, data: bytes, *, new: bool) -> bool:
         """Aside, flushed, then renamed, or linked where it must be new: a link to a name that is taken fails."""
@@ -172,10 +156,10 @@ class Remote:
         self._seen[name] = (now, version)
         return version
 
-    def read(self, name: str) -> bytes | None:
-        """The bytes."""
+    def open(self, name: str) -> io.BytesIO | None:
+        """All of it, in one request."""
         try:
-            return bytes(self._files.cat_file(self._at(name)))
+            return io.BytesIO(self._files.cat_file(self._at(name)))
         except FileNotFoundError:
             return None
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from surgeon.errors import DeltaError
+from surgeon.errors import BuildError, DeltaError
 from surgeon.runtime.manifest import Manifest
+from surgeon.runtime.store.places import Stream
 from surgeon.runtime.taskfile import Bytes
 from surgeon.runtime.tasks import TaskInfo
 
@@ -26,6 +28,8 @@ MARK = b"SURGEON2"
 TAIL = struct.Struct(f"<II{len(MARK)}s")  # length of the JSON, `checksum` of all before, the mark
 WORDS = 512
 """Words of eight bytes in a row of the checksum: a page of memory."""
+CHUNK = 64 * 8 * WORDS
+"""Bytes that are read, summed and copied while a core's cache has them."""
 MOST = 1 << 20
 """Bytes that what is said of a task may have."""
 
@@ -56,25 +60,34 @@ def seal(data: bytes, info: TaskInfo, ledger: str) -> bytes:
         "ledger": ledger,
     }
     body = data + json.dumps(document, sort_keys=True).encode()
-    return body + TAIL.pack(len(body) - len(data), checksum(body), MARK)
+    return body + TAIL.pack(len(body) - len(data), checksum([body]), MARK)
 
 
-def checksum(data: Bytes) -> int:
+def checksum(chunks: Iterable[Bytes]) -> int:
     """CRC-32 of the sums of all rows and columns of words, and of what is left: it reads memory as fast as it comes.
 
-    A change goes unseen where it leaves every row's and every column's sum as it was, or by CRC-32's chance.
+    A change goes unseen where it leaves every row's and every column's sum as it was, or by CRC-32's chance. Every
+    chunk but the last has whole rows.
     """
-    count = memoryview(data).nbytes // (8 * WORDS)
-    table = np.frombuffer(data, "<u8", count * WORDS).reshape(count, WORDS)
-    crc = zlib.crc32(table.sum(1, dtype="<u8").data, zlib.crc32(table.sum(0, dtype="<u8").data))
-    return zlib.crc32(memoryview(data)[count * 8 * WORDS :], crc)
+    columns, rows, left = np.zeros(WORDS, "<u8"), [], b""
+    for chunk in chunks:
+        count = memoryview(chunk).nbytes // (8 * WORDS)
+        table = np.frombuffer(chunk, "<u8", count * WORDS).reshape(count, WORDS)
+        columns += table.sum(0, dtype="<u8")
+        rows.append(table.sum(1, dtype="<u8"))
+        left = bytes(memoryview(chunk)[count * 8 * WORDS :])
+    crc = zlib.crc32(columns.data)
+    for sums in rows:
+        crc = zlib.crc32(sums.data, crc)
+    return zlib.crc32(left, crc)
 
 
-def unseal(whole: Bytes, name: str, ledger: str, where: str) -> tuple[memoryview, Seal]:
-    """The task file's bytes, and what is known of them. Raises DeltaError where one of them is not as it was added."""
-    view = memoryview(whole)
-    document, crc = document_of(view, where)
-    if checksum(view[: -TAIL.size]) != crc:
+def unseal(stream: Stream, name: str, ledger: str, where: str, out: IO[bytes] | None = None) -> Seal:
+    """What is known of a stored task; its task file goes to `out`. Raises DeltaError where a byte is not as it was
+    added, and then what `out` has is nothing.
+    """
+    document, crc, size = _document(stream, where)
+    if checksum(_copied(stream, size, size - len(document), where, out)) != crc:
         raise DeltaError(
             "the stored task was changed after it was added: its checksum does not hold",
             where=where,
@@ -84,7 +97,32 @@ def unseal(whole: Bytes, name: str, ledger: str, where: str) -> tuple[memoryview
     if found.info.name != name:
         raise DeltaError(f"the stored file is of task '{found.info.name}', not of '{name}'", where=where)
     check_ledger(found, ledger, where)
-    return view[: -TAIL.size - len(document)], found
+    return found
+
+
+def _copied(stream: Stream, size: int, most: int, where: str, out: IO[bytes] | None) -> Iterator[memoryview]:
+    """A stream's first `size` bytes in chunks of one buffer, of which the first `most` are written to `out` too."""
+    buffer = memoryview(bytearray(min(CHUNK, size)))
+    for start in range(0, size, CHUNK):
+        chunk = buffer[: size - start]
+        _fill(chunk, stream, start, where)
+        if out is not None:
+            out.write(chunk[: max(most - start, 0)])
+        yield chunk
+
+
+def _fill(chunk: memoryview, stream: Stream, start: int, where: str) -> None:
+    """Read so many bytes from there. Raises DeltaError where the stream ends before."""
+    try:
+        stream.seek(start)
+        filled = 0
+        while filled < len(chunk):
+            count = stream.readinto(chunk[filled:])
+            if not count:
+                raise _foreign(where)
+            filled += count
+    except OSError as error:
+        raise BuildError(f"the store fails: {error.strerror or error}", where=where) from error
 
 
 def check_ledger(found: Seal, ledger: str, where: str) -> None:
@@ -115,16 +153,19 @@ def read_seal(document: bytes, crc: int, where: str) -> Seal:
         raise _foreign(where) from error
 
 
-def document_of(end: Bytes, where: str) -> tuple[bytes, int]:
-    """The JSON in a file's last bytes, and its checksum."""
-    if len(end) < TAIL.size:
+def _document(stream: Stream, where: str) -> tuple[bytes, int, int]:
+    """The JSON at a file's end, its checksum, and the bytes that that is of."""
+    size = stream.seek(0, os.SEEK_END) - TAIL.size
+    if size < 0:
         raise _foreign(where)
-    length, crc, mark = TAIL.unpack_from(end, len(end) - TAIL.size)
-    if mark != MARK or length > MOST:
+    tail = bytearray(TAIL.size)
+    _fill(memoryview(tail), stream, size, where)
+    length, crc, mark = TAIL.unpack(tail)
+    if mark != MARK or length > min(MOST, size):
         raise _foreign(where)
-    if length + TAIL.size > len(end):
-        raise _foreign(where)
-    return bytes(end[len(end) - TAIL.size - length : -TAIL.size]), crc
+    document = bytearray(length)
+    _fill(memoryview(document), stream, size - length, where)
+    return bytes(document), crc, size
 
 
 def _foreign(where: str) -> DeltaError:

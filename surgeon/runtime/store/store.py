@@ -6,15 +6,15 @@ import tempfile
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from surgeon.errors import BuildError, SpecError, UnknownTaskError, did_you_mean, shorten
 from surgeon.runtime.document import read_manifest
 from surgeon.runtime.manifest import Manifest
 from surgeon.runtime.store.places import Place, place_of
 from surgeon.runtime.store.sealed import Seal, ledger_of, seal, unseal
-from surgeon.runtime.taskfile import SUFFIX
-from surgeon.runtime.tasks import RunnableTask, TaskInfo, check_name, load_checked, load_task, name_of
+from surgeon.runtime.taskfile import SUFFIX, private_file
+from surgeon.runtime.tasks import RunnableTask, TaskInfo, check_name, load_task, name_of, runnable
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ class TaskStore:
 
     def info(self, name: str) -> TaskInfo:
         """What is known of a task. Raises SpecError where there is none, DeltaError where its file is damaged."""
-        return self._read(name)[1].info
+        return self._read(name).info
 
     def add(
         self, path: str | Path, name: str | None = None, labels: Sequence[str] | None = None, *, replace: bool = False
@@ -103,8 +103,10 @@ class TaskStore:
     def load(self, name: str, directory: Path) -> Stored:
         """A task ready to run, its file a copy in `directory`. Raises as `info`."""
         version = self.version(name)
-        data, found = self._read(name)
-        return Stored(load_checked(found.info, data, directory), version, len(data))
+        with private_file(directory) as file:
+            found = self._read(name, file)
+            size = file.tell()
+        return Stored(runnable(found.info, Path(file.name)), version, size)
 
     def unknown(self, name: str) -> UnknownTaskError:
         """The error for a name that no task has."""
@@ -116,11 +118,12 @@ class TaskStore:
             try_=did_you_mean(str(name), names) if len(names) <= 1000 else None,
         )
 
-    def _read(self, name: str) -> tuple[memoryview, Seal]:
-        whole = self._tried(lambda: self._place.read(name + SUFFIX)) if _nameable(name) else None
-        if whole is None:
+    def _read(self, name: str, out: IO[bytes] | None = None) -> Seal:
+        stream = self._tried(lambda: self._place.open(name + SUFFIX)) if _nameable(name) else None
+        if stream is None:
             raise self.unknown(name)
-        return unseal(whole, name, self._ledger, f"{self.where}/{name}{SUFFIX}")
+        with stream:
+            return unseal(stream, name, self._ledger, f"{self.where}/{name}{SUFFIX}", out)
 
     def _tried(self, call: Callable[[], T]) -> T:
         try:
