@@ -24,6 +24,9 @@ def serve(
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of a batch.")] = None,
     runners: Annotated[int, typer.Option("--runners", min=1, help="Batches that run at once.")] = 1,
     resident: Annotated[int, typer.Option("--resident", min=1, help="Tasks at hand at once.")] = 64,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure at the start which of ONNX Runtime's fusions help here.")
+    ] = False,
     base_name: Annotated[str, typer.Option("--base-name", help="The model's name that asks for no task.")] = "base",
     wait: Annotated[float, typer.Option("--wait", min=0, help="Milliseconds to wait for others.")] = 2.0,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Rows that run together.")] = 32,
@@ -68,6 +71,7 @@ def serve(
         threads=threads,
         resident=resident,
         runners=runners,
+        tune=tune,
         token=_token(token_file),
         base=base_name,
         limits=limits,

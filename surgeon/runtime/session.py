@@ -78,21 +78,22 @@ class Session:
         cls,
         build: str | Path,
         *,
+        shape: tuple[int, int] = (1, 64),
         threads: int | None = None,
         providers: Sequence[Provider] | None = None,
-        shape: tuple[int, int] = (1, 64),
+        **options: Any,
     ) -> Self:
         """Open a build with those of ONNX Runtime's fusions that a short measurement on this machine favours.
 
-        `shape` is the batch and length that matter to you. It takes a second or two, and another copy of the base
-        meanwhile; `fusions` of the session tells the outcome.
+        `shape` is the batch and length that matter to you; `options` are the session's others. It takes a second or
+        two, and another copy of the base meanwhile; `fusions` of the session tells the outcome.
         """
         from surgeon.runtime.tuning import faster_without
 
         manifest = read_manifest(build)
         check_files(build, manifest, [name for name in manifest.files if name.startswith(MODEL)])
         fusions = faster_without(Path(build), manifest, threads=threads, providers=providers, shape=shape)
-        return cls(build, threads=threads, providers=providers, fusions=fusions or "all")
+        return cls(build, threads=threads, providers=providers, fusions=fusions or "all", **options)
 
     @property
     def fusions(self) -> Fusions:

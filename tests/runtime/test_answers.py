@@ -198,7 +198,7 @@ def test_one_fusion_without_a_list_is_refused(pristine):
 
 
 def test_a_tuned_session_answers_as_any_other(pristine, inputs, session):
-    with Session.tuned(pristine, threads=1, shape=(2, 6)) as tuned:
+    with Session.tuned(pristine, threads=1, shape=(2, 6), resident=2) as tuned:
         assert tuned.fusions in {"all", ("SkipLayerNormFusion",)}
         assert np.allclose(tuned.run(inputs, "movies")["logits"], session.run(inputs, "movies")["logits"], atol=1e-5)
 

@@ -103,15 +103,16 @@ def test_a_stop_answers_what_was_taken_in(served_build: Path, tmp_path: Path) ->
     """SIGTERM while requests wait: every one is answered, and later ones find nobody. torch was never there."""
     code = (
         "import sys; from surgeon.server.run import serve; from surgeon.server.limits import Limits; "
-        f"serve({str(served_build)!r}, port=0, threads=1, limits=Limits(wait=1.0)); "
+        f"serve({str(served_build)!r}, port=0, threads=1, tune=True, limits=Limits(wait=1.0)); "
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     lines = iter(process.stderr.readline, "")
-    port = next(line["port"] for line in map(json.loads, lines) if line["event"] == "listening")
+    said = next(line for line in map(json.loads, lines) if line["event"] == "listening")
+    assert said["fusions"] in ("all", ["SkipLayerNormFusion"])
     next(line for line in map(json.loads, lines) if line["event"] == "ready")
-    live = Live(port, None, None)  # type: ignore[arg-type]
+    live = Live(said["port"], None, None)  # type: ignore[arg-type]
     while True:
         try:
             connect(live).close()
