@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from benchmarks.bases import BASES, inputs, open_model
 from benchmarks.measure import THREADS, Section, interleave, milliseconds, ratio
 from surgeon import Session, compile
+from surgeon.runtime.tuning import CANDIDATE
 
 SHAPES = {(8, 32, THREADS): 20, (8, 128, THREADS): 10, (64, 16, THREADS): 10, (8, 128, 1): 10}
 """Rounds by rows, tokens and threads."""
@@ -57,6 +58,7 @@ def _mixed(name: str, folder: Path) -> Section:
     rows = []
     for (batch, tokens, threads), rounds in SHAPES.items():
         session, plain = (Session(folder / build, threads=threads) for build in ("from-0", "plain"))
+        slim = Session(folder / "from-0", threads=threads, fusions=(CANDIDATE,))
         torch.set_num_threads(threads)
         fed = inputs(batch, tokens)
         arrays = {key: t.numpy() for key, t in fed.items()}
@@ -65,25 +67,32 @@ def _mixed(name: str, folder: Path) -> Section:
             draw = partial(random.Random(count).choices, NAMES[:count], k=batch)
             runs[f"{count}"] = partial(_drawn, session.run, arrays, draw)
             runs[f"PEFT {count}"] = partial(_drawn, peer, fed, draw)
+        runs["slim"] = partial(_drawn, slim.run, arrays, partial(random.Random(MOST).choices, NAMES, k=batch))
         runs["one by one"] = partial(_one_by_one, session, arrays, random.Random(0))
         times = interleave(runs, rounds * min(LAYERS.values()) // LAYERS[name])
         ours = [f"**{ratio(times, f'{count}', 'plain'):.2f}**" for count in TASKS]
         peers = [f"{ratio(times, f'PEFT {count}', f'{count}'):.2f}" for count in TASKS]
+        fewer = f"**{ratio(times, 'slim', 'plain'):.2f}**", f"{ratio(times, f'PEFT {MOST}', 'slim'):.2f}"
         switched = f"{ratio(times, 'one by one', str(MOST)):.2f}"
         shape = f"{batch} × {tokens}" + ("" if threads == THREADS else f", {threads} thread")
-        rows.append((shape, milliseconds(times["plain"]), *ours, *peers, switched))
-        session.close(), plain.close()
+        rows.append((shape, milliseconds(times["plain"]), *ours, *peers, *fewer, switched))
+        for opened in (session, plain, slim):
+            opened.close()
     torch.set_num_threads(THREADS)
     return Section(
         f"Rows of many tasks in one batch: {name}",
         "LoRA r=16 on q and v; every row draws its task anew each call, from 1, 8 or 64 tasks at hand. Ratios to "
         "our export of the base without surgery; then of PEFT's `adapter_names` in eager PyTorch, and of a run for "
-        "each task in turn, to the mixed batch. Aims: 64 tasks / plain ≤ 1.03 at 8 × 128, PEFT / ours ≥ 1.5.",
+        "each task in turn, to the mixed batch. *without SLN* leaves out ONNX Runtime's SkipLayerNorm fusion, as "
+        "`Session.tuned` and `surgeon serve --tune` do where that is faster, to the plain base with it. "
+        "Aims: 64 tasks / plain ≤ 1.03 at 8 × 128, PEFT / ours ≥ 1.5.",
         (
             "batch × tokens",
             "plain",
             *(f"{count} / plain" for count in TASKS),
             *(f"PEFT / ours, {count}" for count in TASKS),
+            f"{MOST} without SLN / plain",
+            "PEFT / that",
             f"one by one / {MOST}",
         ),
         tuple(rows),
