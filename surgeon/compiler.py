@@ -221,12 +221,6 @@ def _generating(spec: Spec, opened: Base, program: Program, steps: list[Pass], r
             there_is=f"head: {opened.head}",
             try_="`head: causal-lm` or `head: seq2seq-lm` under `base`",
         )
-    if "mixed" in spec.export.modes and opened.head == "seq2seq-lm":
-        raise SpecError(
-            "export.generate: an encoder-decoder that writes texts takes one task a call",
-            where=where,
-            try_="`modes: [switch]`",
-        )
     report("tracing with a cache")
     inputs = cached_inputs(opened.model)
     served = begin(opened, trace(opened.model, inputs), inputs)

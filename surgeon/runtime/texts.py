@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from onnxruntime import OrtValue
 
 from surgeon.errors import DataError, SpecError
 from surgeon.runtime.generation import (
@@ -74,28 +76,28 @@ class Texts:
     def writer(self, batch: int = 8, failed: Callable[[Row, Exception], None] | None = None) -> Writer:
         """Rows of any tasks that go on together, of a build with the mode `mixed`; others may come in meanwhile.
 
-        Raises SpecError where the build does not write texts, or takes one task a call.
+        Raises SpecError where the build does not write texts, or those of one task at a time.
         """
         generation = self._generation
         if generation.source is not None:
-            raise SpecError("an encoder-decoder writes texts of one task at a time", try_="a call for each task")
+            raise SpecError(
+                "an encoder-decoder writes texts of one task at a time", try_="`generate`, with a task for each"
+            )
         return Writer(self._graphs.open_several().decoding(), generation, batch, failed)
 
     def write(self, rows: Sequence[Row], *, each: bool, batch: int, beams: Beams | None = None) -> list[Written]:
         """Write rows to their ends, `batch` at a time; without `each` all are of one task."""
         check_counts(batch=batch)
         generation = self._generation
-        if each or (generation.source is None and self._graphs.alone):
+        if generation.source is not None:
+            for own, deltas in _by_task(rows):
+                write_from(own, self._graphs.pair, generation, deltas, choice=own[0].choice, beams=beams, batch=batch)
+        elif each or self._graphs.alone:
             write(rows, self.writer(batch))
-        elif rows:
-            first = rows[0]
-            deltas = {} if first.task is None else first.task.values()
-            if generation.source is None:
+        else:
+            for own, deltas in _by_task(rows):
                 one = OneTask(self._graphs.single.session, self._manifest, generation, deltas)
-                write(rows, Writer(one, generation, batch))
-            else:
-                pair = self._graphs.pair
-                write_from(rows, pair, generation, deltas, choice=first.choice, beams=beams, batch=batch)
+                write(own, Writer(one, generation, batch))
         return [row.written for row in rows]
 
     @property
@@ -112,3 +114,12 @@ class Texts:
             raise DataError(f"there are {len(names)} tasks for {count} prompts", try_="a task for every prompt")
         found = {name: self._table.find(name, drop if name is not None else 0) for name in dict.fromkeys(names)}
         return [found[name] for name in names]
+
+
+def _by_task(rows: Sequence[Row]) -> Iterator[tuple[list[Row], Mapping[str, OrtValue]]]:
+    """The rows of each task, and the tensors of that."""
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        found.setdefault(id(row.task), []).append(row)
+    for own in found.values():
+        yield own, {} if own[0].task is None else own[0].task.values()

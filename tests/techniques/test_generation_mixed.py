@@ -136,10 +136,3 @@ def test_what_does_not_fit_is_said(lab: Lab, session: surgeon.Session) -> None:
         session.generate(lab.prompts((2,)), ["c"])
     with pytest.raises(DataError, match="prompts are a list"):
         session.generate("w1", ["a"])
-
-
-@pytest.mark.sweep
-def test_an_encoder_decoder_that_writes_takes_one_task_a_call(lab: Lab) -> None:
-    spec = {"surgery": [{"lora": {}}], "tasks": {"a": {}}, "export": {"generate": True, "modes": list(MODES)}}
-    with pytest.raises(SpecError, match="an encoder-decoder that writes texts takes one task a call"):
-        surgeon.compile(spec, base=lab.base("t5", "seq2seq-lm"))

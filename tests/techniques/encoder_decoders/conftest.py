@@ -39,7 +39,7 @@ class Built(NamedTuple):
 class Writing:
     """Builds that write, and what transformers writes."""
 
-    long = LONG
+    long, surgery = LONG, SURGERY
 
     def __init__(self, lab: Lab, decoding: Decoding, root: Path) -> None:
         self._lab = lab

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 import surgeon
@@ -133,3 +134,24 @@ def test_what_does_not_fit_is_said(writing: Writing, options: dict[str, Any], sa
 def test_a_text_ends_where_the_decoder_has_no_positions_left(writing: Writing) -> None:
     row = writing.built("t5").session.generate([[5]], "a", max_new_tokens=500)[0]
     assert (len(row.tokens), row.reason) == (writing.long, "length")  # the source's tokens take none, nor does the last
+
+
+@pytest.mark.parametrize("kind", ["bart", pytest.param("t5", marks=pytest.mark.sweep)])
+def test_a_task_for_each_text_writes_and_reads_as_alone(lab: Lab, writing: Writing, tmp_path: Path, kind: str) -> None:
+    """Texts are written task by task, and read in one batch by the graph of the mode `mixed`."""
+    base = writing.base(kind, small=True)
+    path = lab.writers(base, writing.surgery[kind], ("switch", "mixed")).save(tmp_path / "build")
+    tasks, given = ["a", None, "b", "a"], lab.prompts()
+    fed = {name: tensor.numpy() for name, tensor in lab.feed(base, 4, 6).items()}
+    with surgeon.Session(path, threads=1) as session, surgeon.Session(path, threads=1, mixed=True) as several:
+        for options in ({}, {"beams": 2}):
+            alone = [
+                session.generate([g], t, max_new_tokens=8, **options)[0] for g, t in zip(given, tasks, strict=True)
+            ]
+            for opened in (session, several):
+                assert opened.generate(given, tasks, max_new_tokens=8, **options) == alone
+        assert len({row.tokens for row in alone}) > 1
+        rows = several.run(fed, tasks)
+        for i, (row, task) in enumerate(zip(rows, tasks, strict=True)):
+            wanted = session.run({name: array[i : i + 1] for name, array in fed.items()}, task)["logits"][0]
+            np.testing.assert_allclose(row["logits"], wanted, atol=1e-5)
