@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, fx, nn
 
 from surgeon.exporters.pairs import paired
-from sweep.cases import Case
-from sweep.chain import chain
-from sweep.shrinking import Sizes
 
 
 class Turning(nn.Module):
@@ -61,11 +57,3 @@ def test_what_is_not_known_is_left_whole() -> None:
     graph_module = traced(Fourier(), torch.randn(2, 4))
     before = targets(graph_module)
     assert targets(paired(graph_module)) == before
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize("family", ["deepseek_v2", "llama4"])
-def test_bases_that_turn_by_complex_numbers_go_the_whole_way(family: str) -> None:
-    notes: dict[str, Any] = {}
-    chain(Case(family, "causal-lm"), notes, [Sizes(layers=1)])
-    assert notes.get("cause") is None

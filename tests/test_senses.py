@@ -24,12 +24,8 @@ from surgeon.compiler import Compiled
 from surgeon.errors import DataError, DeltaError, SelectorError, SpecError, TraceError
 from surgeon.inputs import base_inputs
 from surgeon.module import switchable
-from surgeon.spec import HeadName
 from surgeon.trace import trace
 from surgeon.train.kinds import takes_labels
-from sweep.cases import Case
-from sweep.chain import chain
-from sweep.shrinking import Sizes
 
 LABELS = ["cat", "dog", "bird"]
 SURGERY: list[dict[str, Any]] = [{"lora": {"rank": 2}}, {"bitfit": {}}, {"prefix": {"length": 3}}, {"head": {}}]
@@ -101,31 +97,6 @@ def test_the_size_of_an_image_is_the_configuration_s_own() -> None:
     config = AutoConfig.for_model("resnet", depths=[1], hidden_sizes=[8], embedding_size=8, num_channels=1)
     (pixel_values,) = base_inputs(AutoModelForImageClassification.from_config(config))
     assert pixel_values.axes == ("batch", 1, 224, 224)
-
-
-WIDE: dict[str, HeadName] = {
-    "beit": "image-classification",
-    "clip": "image-classification",
-    "deit": "image-classification",
-    "dinov2": "image-classification",
-    "siglip": "image-classification",
-    "swin": "image-classification",
-    "audio-spectrogram-transformer": "audio-classification",
-    "hubert": "audio-classification",
-    "wav2vec2": "audio-classification",
-    "wav2vec2-bert": "audio-classification",
-    "wavlm": "audio-classification",
-    "whisper": "audio-classification",
-}
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize("family", WIDE)
-def test_a_family_goes_the_whole_way(family: str) -> None:
-    notes: dict[str, Any] = {}
-    chain(Case(family, WIDE[family]), notes, [Sizes(layers=1), Sizes()])
-    assert notes.get("cause") is None
-    assert notes["export"] == "ok"
 
 
 def test_a_frozen_base_norms_by_its_running_statistics_in_training_too() -> None:
