@@ -117,6 +117,7 @@ def private_file(directory: Path) -> Iterator[IO[bytes]]:
         with tempfile.NamedTemporaryFile(suffix=SUFFIX, dir=directory, delete=False) as file:
             try:
                 yield file
+                file.flush()
             except BaseException:
                 Path(file.name).unlink(missing_ok=True)
                 raise
