@@ -136,7 +136,7 @@ def _settled(
     while ones := [count for count, number in _counts(exported, inputs) if number == 1]:
         sizes = _larger(ones, sizes)
         exported = export(sizes)
-        if any(number > 1 for _, number in _counts(exported, inputs)):
+        if any(number > 1 and _varies(count, number) for count, number in _counts(exported, inputs)):
             ones = [count for count, number in _counts(first, inputs) if number == 1]
             limits = [_while_one(ones), _longest(first, inputs)]
             return first, min(limit for limit in limits if limit is not None)
@@ -167,6 +167,11 @@ def _word(axis: str) -> sympy.Symbol:
 
 def _at(count: Any, sizes: Mapping[str, int]) -> int:
     return int(count.subs({_word(axis): size for axis, size in sizes.items()}))
+
+
+def _varies(count: Any, number: int) -> bool:
+    """Whether larger sizes give another number: what none changes, such as a chunk's own length, limits no text."""
+    return any(_at(count, {word: size * factor + 1 for word, size in SAMPLE.items()}) != number for factor in FACTORS)
 
 
 def _larger(counts: Sequence[Any], sizes: Mapping[str, int]) -> dict[str, int]:
