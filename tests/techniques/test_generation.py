@@ -126,17 +126,21 @@ def test_a_cache_that_grows_gives_the_same_tokens(lab: Lab, tmp_path: Path, deco
         assert np.allclose(shared.run(fed)["logits"], other.run(fed)["logits"], atol=1e-5)
 
 
-@pytest.mark.sweep
+SWEEP = pytest.mark.sweep
+
+
 @pytest.mark.parametrize(
     ("kind", "surgery", "reason"),
     [
-        (
+        ("mistral", [{"prefix": {"length": 2}}], "a prefix stays in sight"),
+        pytest.param(
             "llama",
             [{"prefix": {"where": "attention@0", "length": 2}}],
             "some layers have a prefix and others none",
+            marks=SWEEP,
         ),
-        ("gpt2", [{"prompt": {"length": 3}}], "a task acts where a text begins alone"),
-        ("gemma2", [{"lora": {}}], "not every attention is a product"),
+        pytest.param("gpt2", [{"prompt": {"length": 3}}], "a task acts where a text begins alone", marks=SWEEP),
+        pytest.param("gemma2", [{"lora": {}}], "not every attention is a product", marks=SWEEP),
     ],
 )
 def test_a_cache_grows_where_one_buffer_is_not_exact(
