@@ -71,13 +71,20 @@ def shareable(program: Program) -> str | None:
         return "some layers have a prefix and others none"
     if any(delta.once for delta in program.ledger.deltas.values()):
         return "a task acts where a text begins alone"
+    if (reason := _blind(program, places)) is not None:
+        return reason
+    found = _difference(program)
+    return None if found <= TOLERANCE else f"rows of different lengths would answer otherwise (by {found:.1g})"
+
+
+def _blind(program: Program, places: list[Place]) -> str | None:
+    """What an attention sees that the operator would not, or the other way round."""
     seen = windows(program, [place.core for place in places])
     if seen is None:
         return "an attention sees neither all that was before nor the last of it"
     if any(seen[place.core] and place.start for place in places):
         return "a prefix stays in sight of what sees only the last columns before it"
-    found = _difference(program)
-    return None if found <= TOLERANCE else f"rows of different lengths would answer otherwise (by {found:.1g})"
+    return None
 
 
 def shared(
