@@ -26,8 +26,7 @@ def test_a_model_that_goes_another_way_with_long_texts_takes_none() -> None:
     assert compiled.base.max_length == compiled.program.max_length == window
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("family", ["bamba", "nemotron_h"])
+@pytest.mark.parametrize("family", ["nemotron_h", pytest.param("bamba", marks=pytest.mark.sweep)])
 def test_a_recurrence_in_chunks_takes_texts_of_any_number_of_chunks(family: str) -> None:
     model: PreTrainedModel = base(Case(family, "causal-lm"), LADDER)
     graph = switchable(trace(model)).eval()
