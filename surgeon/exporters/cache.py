@@ -19,16 +19,16 @@ import onnx_ir as ir
 from surgeon.base.checkpoint import Checkpoint
 from surgeon.base.gguf import cache_folder
 from surgeon.exporters.onnx import OnnxExporter
-from surgeon.exporters.places import outside
+from surgeon.exporters.places import DATA, outside
 from surgeon.exporters.quantise import KEPT
 from surgeon.exporters.versions import tool_version, tool_versions
 from surgeon.graph_text import graph_text
 from surgeon.halves import Halves
 from surgeon.program import Program
 from surgeon.runtime.files import hash_file
-from surgeon.runtime.manifest import OUTSIDE
+from surgeon.runtime.manifest import DECODER, ENCODER, MIXED, MIXED_DECODER, MIXED_ENCODER, MODEL, OUTSIDE
 
-FILES = ("model.onnx", "model.onnx.data", "mixed.onnx", "encoder.onnx", "decoder.onnx")
+FILES = (MODEL, DATA, MIXED, ENCODER, DECODER, MIXED_ENCODER, MIXED_DECODER)
 KEEP = 4
 
 
@@ -59,7 +59,9 @@ def export_cached(
             facts["mixed"] = _facts(model)["outputs"]
             facts["outside"]["mixed.onnx"] = outside(model)
         if both is not None:
-            for name, model in exporter.export_halves(both, folder, opset=opset, weights=weights).items():
+            several = "mixed" in modes
+            halves = exporter.export_halves(both, folder, opset=opset, weights=weights, several=several)
+            for name, model in halves.items():
                 facts["outside"][name] = outside(model)
         _store(entry, folder, [name for name in FILES if (folder / name).exists()], facts)
     return facts

@@ -38,7 +38,7 @@ from surgeon.ledger import Delta
 from surgeon.mixed import mixed
 from surgeon.module import copied
 from surgeon.program import Program
-from surgeon.runtime.manifest import OUTSIDE
+from surgeon.runtime.manifest import DECODER, ENCODER, MIXED_DECODER, MIXED_ENCODER, OUTSIDE
 
 LIMIT = 2**24
 """Bytes of constants that a graph may hold itself."""
@@ -63,15 +63,20 @@ class OnnxExporter:
         return model
 
     def export_halves(
-        self, both: Halves, folder: Path, *, opset: int = 20, weights: str = "copy"
+        self, both: Halves, folder: Path, *, opset: int = 20, weights: str = "copy", several: bool = False
     ) -> dict[str, ir.Model]:
         """Convert encoder and decoder of a model that generates, and save them over the weights that `export` has
-        written. Each declares all deltas, so that one task file is for both.
+        written; with `several`, also those whose rows have a task each. Each declares all deltas, so that one task file
+        is for both.
         """
         models = {}
-        for name, half in (("encoder.onnx", both.encoder), ("decoder.onnx", both.decoder)):
-            models[name] = convert(half, opset, weights, [i.name for i in both.bridge])
-            self._beside(models[name], half, folder / name, weights)
+        bridge = [i.name for i in both.bridge]
+        for one, many, half in ((ENCODER, MIXED_ENCODER, both.encoder), (DECODER, MIXED_DECODER, both.decoder)):
+            models[one] = convert(half, opset, weights, bridge)
+            self._beside(models[one], half, folder / one, weights)
+            if several:
+                models[many] = convert(mixed(half), opset, weights, bridge, masks=half)
+                self._beside(models[many], half, folder / many, weights)
         return models
 
     def export_mixed(self, program: Program, folder: Path, *, opset: int = 20, weights: str = "copy") -> ir.Model:

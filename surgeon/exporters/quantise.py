@@ -77,6 +77,8 @@ def products(graph: fx.Graph, program: Program, weights: str = "int8") -> dict[f
     Those that the file holds so; else all that nothing else reads. A table that is a head too is read both ways.
     """
     found = {node: name for node in graph.nodes if (name := _matrix(node, program)) is not None}
+    if not found:
+        return {}
     if weights not in BITS:
         blocks = program.quantised.exact if weights in KEPT and program.dtype == torch.float32 else {}
         return {n: name for n, name in found.items() if name in blocks and blocks[name].turned != LAYOUTS[n.target][2]}

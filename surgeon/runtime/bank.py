@@ -40,7 +40,7 @@ class Bank:
 
     def __init__(self, manifest: Manifest, base: Tensors, limit: int, limit_bytes: int | None = None) -> None:
         self._deltas, self._counted = manifest.deltas, manifest.counted
-        self._base = base
+        self.base = base
         self._axes = {d.name: {axis + 1: symbol for axis, symbol in d.free.items()} for d in self._deltas}
         self._axes |= {name: {1: symbol} for name, symbol in self._counted.items()}
         self._limit, self._limit_bytes = limit, limit_bytes
@@ -91,7 +91,7 @@ class Bank:
         """The arrays, with no more than these sizes; the deltas `without` are the base's in every entry."""
         arrays = dict(held.arrays)
         for name in without:
-            arrays[name] = np.repeat(self._base[name][None], len(arrays[name]), 0)
+            arrays[name] = np.repeat(self.base[name][None], len(arrays[name]), 0)
         for name, axes in self._axes.items():
             array = arrays[name]
             for axis, symbol in axes.items():
@@ -149,7 +149,7 @@ class Bank:
 
     def _move(self, present: int, own: Mapping[str, int]) -> None:
         """Into other arrays, as large as the tasks need now; runs under way keep reading the old ones."""
-        sizes = _larger(self._sizes_of(self._base), own)
+        sizes = _larger(self._sizes_of(self.base), own)
         for task in self._places:
             sizes = _larger(sizes, task.info.sizes)
         arrays = self._make(present, sizes)
@@ -170,11 +170,11 @@ class Bank:
     def _write(self, arrays: Tensors, place: int, tensors: Tensors) -> None:
         """Fill an entry; what a task leaves to the base is the base's."""
         for delta in self._deltas:
-            tensor, entry = tensors.get(delta.name, self._base[delta.name]), arrays[delta.name][place]
+            tensor, entry = tensors.get(delta.name, self.base[delta.name]), arrays[delta.name][place]
             if tensor.shape != entry.shape:
                 entry[...] = delta.padding
             entry[tuple(slice(0, size) for size in tensor.shape)] = tensor
-        own = self._sizes_of({**self._base, **tensors})
+        own = self._sizes_of({**self.base, **tensors})
         for name, symbol in self._counted.items():
             arrays[name][place] = np.arange(arrays[name].shape[1]) < own[symbol]
 

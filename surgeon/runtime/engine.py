@@ -11,7 +11,16 @@ import onnxruntime
 from surgeon.errors import BuildError, shorten
 from surgeon.runtime.fields import REBUILD
 from surgeon.runtime.files import damaged, read_file
-from surgeon.runtime.manifest import ENCODER, MIXED, MODEL, Delta, Manifest, Port
+from surgeon.runtime.manifest import (
+    ENCODER,
+    MIXED,
+    MIXED_DECODER,
+    MIXED_ENCODER,
+    MODEL,
+    Delta,
+    Manifest,
+    Port,
+)
 from surgeon.runtime.ort import ORT_ERRORS
 
 Fusions = Literal["all"] | Sequence[str]
@@ -86,12 +95,15 @@ def _ports(manifest: Manifest, graph: str) -> tuple[Sequence[Port], Sequence[Por
         return (*whole, *past), manifest.outputs, manifest.deltas
     if graph == MODEL:
         return whole, manifest.outputs, manifest.deltas
+    several = graph in {MIXED_ENCODER, MIXED_DECODER}
+    deltas = [*_banks(manifest)] if several else manifest.deltas
     text = tuple(port for port in whole if port.name.startswith("decoder_"))
-    if graph == ENCODER:
-        return tuple(port for port in whole if port not in text), source.bridge, manifest.deltas
+    if graph in {ENCODER, MIXED_ENCODER}:
+        own = tuple(port for port in whole if port not in text)
+        return (*own, *(PER_ROW if several else ())), source.bridge, deltas
     present = tuple(Port(tensor.present, tensor.past.dtype, tensor.past.axes) for tensor in generation.cache)
     logits = tuple(port for port in manifest.outputs if port.name == "logits")
-    return (*text, *source.bridge, *past), (*logits, *present), manifest.deltas
+    return (*text, *source.bridge, *past, *(PER_ROW[1:] if several else ())), (*logits, *present), deltas
 
 
 def _banks(manifest: Manifest) -> Iterator[Port]:

@@ -11,9 +11,10 @@ import numpy as np
 from onnxruntime import InferenceSession
 
 from surgeon.errors import BuildError
+from surgeon.runtime.bank import Bank
 from surgeon.runtime.generation import Pair
-from surgeon.runtime.manifest import DECODER, ENCODER, Manifest
-from surgeon.runtime.mixed import MixedGraph, open_mixed
+from surgeon.runtime.manifest import DECODER, ENCODER, MIXED, MIXED_DECODER, MIXED_ENCODER, Manifest
+from surgeon.runtime.mixed import MixedGraph, open_bank
 from surgeon.runtime.single import SingleGraph
 from surgeon.runtime.taskfile import Array
 from surgeon.runtime.tasks import RunnableTask
@@ -38,14 +39,16 @@ class Graphs:
         mixed: bool,
     ) -> None:
         self._build, self._closed = build, False
+        self._manifest = manifest
+        self._bank: Bank | None = None
         self._several: MixedGraph | None = None
-        self._pair: Pair | None = None
+        self._pairs: dict[bool, Pair] = {}
         self._opening = partial(opening, build, manifest)
-        self._lock = threading.Lock()
-        self._opening_several = partial(open_mixed, build, manifest, private, opening, bounds)
+        self._opening_bank = partial(open_bank, build, manifest, private, bounds)
+        self._lock = threading.RLock()
         self._single: SingleGraph | None = None if mixed else SingleGraph(opening(build, manifest), manifest)
         if mixed:
-            self._several = self._opening_several()
+            self.open_several()
 
     @property
     def single(self) -> SingleGraph:
@@ -60,15 +63,22 @@ class Graphs:
         """Whether the graph of several tasks is the only one."""
         return self._single is None
 
-    @property
-    def pair(self) -> Pair:
-        """Encoder and decoder of a build that writes texts with both, opened by the first text."""
+    def open_pair(self, *, several: bool = False) -> Pair:
+        """Encoder and decoder of a build that writes texts with both, for a batch of one task or of several tasks."""
         self.check_open()
-        if self._pair is None:
-            with self._lock:
-                if self._pair is None:
-                    self._pair = Pair(self._opening(graph=ENCODER), self._opening(graph=DECODER))
-        return self._pair
+        with self._lock:
+            if several not in self._pairs:
+                graphs = (MIXED_ENCODER, MIXED_DECODER) if several else (ENCODER, DECODER)
+                self._pairs[several] = Pair(*(self._opening(graph=graph) for graph in graphs))
+            return self._pairs[several]
+
+    def open_bank(self) -> Bank:
+        """The tasks at hand for batches of several. Raises SpecError where the build takes one task a batch."""
+        self.check_open()
+        with self._lock:
+            if self._bank is None:
+                self._bank = self._opening_bank()
+            return self._bank
 
     def open_several(self) -> MixedGraph:
         """The graph of several tasks a batch, opened if it is not. Raises SpecError where the build has none."""
@@ -76,13 +86,14 @@ class Graphs:
         if self._several is None:
             with self._lock:
                 if self._several is None:
-                    self._several = self._opening_several()
+                    bank = self.open_bank()
+                    self._several = MixedGraph(self._opening(graph=MIXED), self._manifest, bank)
         return self._several
 
     @property
     def resident(self) -> tuple[str, ...]:
         """Names of the tasks at hand for batches of several tasks, the one used longest ago first."""
-        return () if self._several is None else self._several.bank.tasks
+        return () if self._bank is None else self._bank.tasks
 
     def run(self, feed: Mapping[str, Array], task: RunnableTask | None) -> dict[str, Array]:
         """The outputs of a batch of one task."""
@@ -99,12 +110,12 @@ class Graphs:
 
     def forget(self, task: RunnableTask | None) -> None:
         """Let a task that nobody can name any more give way before all others."""
-        if task is not None and self._several is not None:
-            self._several.bank.forget(task)
+        if task is not None and self._bank is not None:
+            self._bank.forget(task)
 
     def close(self) -> None:
         """Let go of the model; runs under way keep it to their end."""
-        self._closed, self._single, self._several, self._pair = True, None, None, None
+        self._closed, self._single, self._several, self._bank, self._pairs = True, None, None, None, {}
 
     def check_open(self) -> None:
         """Raise BuildError where the session is closed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,10 @@ def _numbers(rows: Sequence[int], texts: int) -> list[int]:
 class MixedGraph:
     """The second graph of a build, and the tasks it has at hand."""
 
-    def __init__(self, session: InferenceSession, manifest: Manifest, base: Mapping[str, Array], bank: Bank) -> None:
+    def __init__(self, session: InferenceSession, manifest: Manifest, bank: Bank) -> None:
         self.bank = bank
         self._session, self._manifest = session, manifest
-        self._columns = columns(manifest, base)
+        self._columns = columns(manifest, bank.base)
         self._cache = manifest.generation.cache if manifest.generation is not None and manifest.goes_on else ()
         self._shared = manifest.generation is not None and manifest.generation.shared
         inside = {tensor.present for tensor in self._cache}
@@ -136,14 +136,10 @@ class MixedGraph:
         return output[tuple(slice(0, count) if axis == LABELS else slice(None) for axis in axes)]
 
 
-def open_mixed(
-    build: Path,
-    manifest: Manifest,
-    private: Path,
-    opening: Callable[..., InferenceSession],
-    bounds: tuple[int, int | None],
-) -> MixedGraph:
-    """Open the second graph. Raises SpecError where there is none, BuildError where a file is not the manifest's."""
+def open_bank(build: Path, manifest: Manifest, private: Path, bounds: tuple[int, int | None]) -> Bank:
+    """A bank with the base alone. Raises SpecError where the build takes one task a call, BuildError where the file of
+    the base's deltas is not the manifest's.
+    """
     if MIXED not in manifest.files or NO_TASK not in manifest.files:
         raise SpecError(
             "this build takes one task a call",
@@ -159,4 +155,4 @@ def open_mixed(
         check_task(manifest, base, str(path))
     finally:
         copy.unlink(missing_ok=True)
-    return MixedGraph(opening(build, manifest, graph=MIXED), manifest, base, Bank(manifest, base, *bounds))
+    return Bank(manifest, base, *bounds)

@@ -254,8 +254,8 @@ class Session:
         fewest that have `top_p` together. Row i draws by `seed` + i, so that no row depends on its neighbours. A row
         ends at the model's own end, before a `stop` string, after `max_new_tokens`, or where the base has no positions
         left. `stream(i, piece)` is called as row i goes on. `batch` rows go on together; one that ends gives its place
-        to the next. `drop` is as in `run`. `task` is one for all, or a list of one for each prompt: a decoder's rows of
-        several tasks go on together (by the mode `mixed`), an encoder-decoder's task by task.
+        to the next. `drop` is as in `run`. `task` is one for all, or a list of one for each prompt: rows of several
+        tasks go on together by the mode `mixed`.
 
         To an encoder-decoder a prompt is its source, and `batch` texts end before the next begin. With `beams` it
         searches for the text with the highest sum of log probabilities over length**`length_penalty`;

@@ -9,10 +9,13 @@ from onnxruntime import OrtValue
 from surgeon.errors import DataError, SpecError
 from surgeon.runtime.generation import (
     Beams,
+    Halves,
     Listener,
     OneTask,
+    OneTaskHalves,
     Prompt,
     Row,
+    TaskPerRowHalves,
     Writer,
     Written,
     ask,
@@ -23,7 +26,7 @@ from surgeon.runtime.generation import (
     write_from,
 )
 from surgeon.runtime.graphs import Graphs
-from surgeon.runtime.manifest import Generation, Manifest
+from surgeon.runtime.manifest import MIXED_ENCODER, Generation, Manifest
 from surgeon.runtime.reading import Reader
 from surgeon.runtime.table import TaskTable
 from surgeon.runtime.tasks import RunnableTask
@@ -81,7 +84,8 @@ class Texts:
         generation = self._generation
         if generation.source is not None:
             raise SpecError(
-                "an encoder-decoder writes texts of one task at a time", try_="`generate`, with a task for each"
+                "the texts of an encoder-decoder begin together, and none joins later",
+                try_="`generate`, with a task for each",
             )
         return Writer(self._graphs.open_several().decoding(), generation, batch, failed)
 
@@ -90,8 +94,8 @@ class Texts:
         check_counts(batch=batch)
         generation = self._generation
         if generation.source is not None:
-            for own, deltas in _by_task(rows):
-                write_from(own, self._graphs.pair, generation, deltas, choice=own[0].choice, beams=beams, batch=batch)
+            for own, halves in self._halves(rows, each=each):
+                write_from(own, halves, generation, beams=beams, batch=batch)
         elif each or self._graphs.alone:
             write(rows, self.writer(batch))
         else:
@@ -99,6 +103,16 @@ class Texts:
                 one = OneTask(self._graphs.single.session, self._manifest, generation, deltas)
                 write(own, Writer(one, generation, batch))
         return [row.written for row in rows]
+
+    def _halves(self, rows: Sequence[Row], *, each: bool) -> Iterator[tuple[list[Row], Halves]]:
+        """Rows of an encoder-decoder that may go on together, and what they go on with."""
+        manifest, generation = self._manifest, self._generation
+        if (each or self._graphs.alone) and MIXED_ENCODER in manifest.files:
+            pair, bank = self._graphs.open_pair(several=True), self._graphs.open_bank()
+            yield list(rows), TaskPerRowHalves(pair, manifest, generation, bank)
+            return
+        for own, deltas in _by_task(rows):
+            yield own, OneTaskHalves(self._graphs.open_pair(), generation, deltas)
 
     @property
     def _generation(self) -> Generation:

@@ -4,9 +4,10 @@ from surgeon.runtime.generation.asking import Prompt, ask, check_list
 from surgeon.runtime.generation.beams import Beams, check_beams
 from surgeon.runtime.generation.decoder import Decoder
 from surgeon.runtime.generation.decoding import Decoding, OneTask, TaskPerRow
+from surgeon.runtime.generation.halves import Halves, OneTaskHalves, Pair, TaskPerRowHalves
 from surgeon.runtime.generation.options import Choice, check_counts, choice
 from surgeon.runtime.generation.rows import Listener, Row, Written
-from surgeon.runtime.generation.sources import Pair, write_from
+from surgeon.runtime.generation.sources import write_from
 from surgeon.runtime.generation.writing import Writer, write
 
 __all__ = [
@@ -14,12 +15,15 @@ __all__ = [
     "Choice",
     "Decoder",
     "Decoding",
+    "Halves",
     "Listener",
     "OneTask",
+    "OneTaskHalves",
     "Pair",
     "Prompt",
     "Row",
     "TaskPerRow",
+    "TaskPerRowHalves",
     "Writer",
     "Written",
     "ask",

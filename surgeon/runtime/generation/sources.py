@@ -6,75 +6,37 @@ sources then stands together, padded behind and masked. All texts of a group are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from onnxruntime import InferenceSession, OrtValue
 
 from surgeon.errors import DataError, SpecError
 from surgeon.runtime.generation.beams import Beams, Search
-from surgeon.runtime.generation.options import Choice
+from surgeon.runtime.generation.halves import Halves
 from surgeon.runtime.generation.rows import Row
 from surgeon.runtime.generation.rules import ruled
 from surgeon.runtime.manifest import Cached, Generation, Source
-from surgeon.runtime.ort import ORT_ERRORS
 from surgeon.runtime.taskfile import Array
-
-LOGITS = "logits"
-
-
-class Half:
-    """One of the two graphs with a task's tensors bound, once for all its calls."""
-
-    def __init__(self, session: InferenceSession, outputs: Sequence[str], deltas: Mapping[str, OrtValue]) -> None:
-        self._session, self._outputs, self._deltas = session, outputs, deltas
-        self._binding = session.io_binding()
-        for name, value in deltas.items():
-            self._binding.bind_ortvalue_input(name, value)
-
-    def run(self, given: Mapping[str, OrtValue]) -> list[OrtValue]:
-        """The outputs. Raises DataError where the graph cannot run."""
-        for name, value in given.items():
-            self._binding.bind_ortvalue_input(name, value)
-        for name in self._outputs:
-            self._binding.bind_output(name)
-        try:
-            self._session.run_with_iobinding(self._binding)
-        except ORT_ERRORS as error:
-            raise DataError(
-                f"the model cannot run on these inputs: {str(error).strip()}",
-                there_is="; ".join(f"{name} {value.shape()}" for name, value in given.items()),
-            ) from error
-        found: list[OrtValue] = self._binding.get_outputs()
-        return found
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The graphs of an encoder-decoder."""
-
-    encoder: InferenceSession
-    decoder: InferenceSession
 
 
 class Group:
     """Texts that go on together: what the decoder reads of their sources, and its own cache."""
 
-    def __init__(self, decoder: Half, cache: Sequence[Cached], source: Source, read: Sequence[Sequence[Array]]) -> None:
-        self._decoder, self._cache, self._names = decoder, cache, [port.name for port in source.bridge]
+    def __init__(
+        self, halves: Halves, cache: Sequence[Cached], source: Source, read: Sequence[Sequence[Array]]
+    ) -> None:
+        self._halves, self._cache, self._names = halves, cache, [port.name for port in source.bridge]
         self._columns = [parts[0].shape[_columns(parts[0])] for parts in read]
         width = max(self._columns)
         self._bridge = [np.concatenate([_wide(part, width) for part in parts]) for parts in zip(*read, strict=True)]
         self._past = [np.zeros(t.shape(batch=len(read), past=0), t.past.dtype) for t in cache]
-        self._fed = {n: OrtValue.ortvalue_from_numpy(a) for n, a in zip(self._names, self._bridge, strict=True)}
 
-    def step(self, tokens: Sequence[int]) -> Array:
-        """Let every text go on by a token; logits `[texts, vocabulary]`."""
-        fed = {"decoder_input_ids": OrtValue.ortvalue_from_numpy(np.array(tokens, np.int64)[:, None]), **self._fed}
-        for tensor, array in zip(self._cache, self._past, strict=True):
-            fed[tensor.past.name] = OrtValue.ortvalue_from_numpy(array)
-        logits, *self._present = self._decoder.run(fed)
+    def step(self, rows: Sequence[Row], tokens: Sequence[int]) -> Array:
+        """Let the text of every row go on by a token; logits `[rows, vocabulary]`."""
+        fed = {"decoder_input_ids": np.array(tokens, np.int64)[:, None]}
+        fed |= dict(zip(self._names, self._bridge, strict=True))
+        fed |= {tensor.past.name: array for tensor, array in zip(self._cache, self._past, strict=True)}
+        logits, *self._present = self._halves.write(rows, fed)
         self._past = [value.numpy() for value in self._present]  # their memory goes with the OrtValues
         last: Array = logits.numpy()[:, -1].copy()
         return last
@@ -87,7 +49,6 @@ class Group:
         self._columns = [self._columns[i] for i in order]
         width = max(self._columns)
         self._bridge = [_narrow(array, width)[list(order)] for array in self._bridge]
-        self._fed = {n: OrtValue.ortvalue_from_numpy(a) for n, a in zip(self._names, self._bridge, strict=True)}
 
 
 def _columns(part: Array) -> int:
@@ -105,55 +66,42 @@ def _narrow(part: Array, width: int) -> Array:
     return np.ascontiguousarray(part[:, :width] if part.ndim == 2 else part[:, :, :width])
 
 
-def write_from(
-    rows: Sequence[Row],
-    pair: Pair,
-    generation: Generation,
-    deltas: Mapping[str, OrtValue],
-    *,
-    choice: Choice,
-    beams: Beams | None,
-    batch: int,
-) -> None:
-    """Write all rows to their ends, each from its source, `batch` at a time, as the task of these tensors does."""
+def write_from(rows: Sequence[Row], halves: Halves, generation: Generation, *, beams: Beams | None, batch: int) -> None:
+    """Write all rows to their ends, each from its source, `batch` at a time."""
     assert generation.source is not None
-    bridge = [port.name for port in generation.source.bridge]
-    encoder = Half(pair.encoder, bridge, deltas)
-    decoder = Half(pair.decoder, [LOGITS, *(tensor.present for tensor in generation.cache)], deltas)
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
-        read = [_read(encoder, row.source) for row in part]
-        writer = Writer(part, Group(decoder, generation.cache, generation.source, read), generation, choice)
+        read = [_read(halves, row) for row in part]
+        writer = Writer(part, Group(halves, generation.cache, generation.source, read), generation)
         if beams is None:
             writer.write()
         else:
             writer.search(beams)
 
 
-def _read(encoder: Half, ids: Sequence[int]) -> list[Array]:
+def _read(halves: Halves, row: Row) -> list[Array]:
     """What the decoder reads of a source: its mask `[1, columns]`, keys and values `[1, heads, columns, width]`."""
-    given = np.array([ids], np.int64)
-    fed = {"input_ids": given, "attention_mask": np.ones_like(given)}
-    return [value.numpy().copy() for value in encoder.run({n: OrtValue.ortvalue_from_numpy(a) for n, a in fed.items()})]
+    ids = np.array([row.source], np.int64)
+    return [value.numpy().copy() for value in halves.read(row, {"input_ids": ids, "attention_mask": np.ones_like(ids)})]
 
 
 class Writer:
     """The texts of a group in the making."""
 
-    def __init__(self, rows: Sequence[Row], group: Group, generation: Generation, choice: Choice) -> None:
+    def __init__(self, rows: Sequence[Row], group: Group, generation: Generation) -> None:
         assert generation.source is not None
-        self.rows, self.group, self.choice = rows, group, choice
+        self.rows, self.group = rows, group
         self.ends, self.source = generation.ends, generation.source
 
     def write(self) -> None:
         """A token a step, each text's own."""
         rows = list(self.rows)
         while rows:
-            found = self.group.step([(row.tokens or row.prompt)[-1] for row in rows])
+            found = self.group.step(rows, [(row.tokens or row.prompt)[-1] for row in rows])
             for row, logits in zip(rows, found, strict=True):
                 _check(row, logits, len(row.tokens))
                 scores = self._ruled(logits, row, row.tokens)
-                row.push(self.choice.next(scores, [*row.prompt, *row.tokens], row.rng), self.ends)
+                row.push(row.choice.next(scores, [*row.prompt, *row.tokens], row.rng), self.ends)
             kept = [i for i, row in enumerate(rows) if row.reason is None]
             if kept and len(kept) < len(rows):
                 self.group.keep(kept)
@@ -162,7 +110,7 @@ class Writer:
     def search(self, beams: Beams) -> None:
         """Beam search, each text's own; the beams of one stand together."""
         searches = [(row, Search(beams, row.limit, self.ends, self._scored(row))) for row in self.rows]
-        found = self.group.step([row.prompt[-1] for row in self.rows])
+        found = self.group.step(self.rows, [row.prompt[-1] for row in self.rows])
         if (most := found.shape[1] // max(2, 1 + len(self.ends))) < beams.count:
             raise SpecError(f"beams: there are not {beams.count} continuations of a text", there_is=f"room for {most}")
         first = True
@@ -181,7 +129,8 @@ class Writer:
                     kept.append((row, search))
             if kept:
                 self.group.keep(order, sources=first or len(kept) < len(searches))
-                found = self.group.step([tokens[-1] for _, search in kept for tokens in search.running])
+                running = [(row, tokens[-1]) for row, search in kept for tokens in search.running]
+                found = self.group.step([row for row, _ in running], [token for _, token in running])
             searches, first = kept, False
 
     def _ruled(self, scores: Array, row: Row, written: Sequence[int]) -> Array:
@@ -190,7 +139,7 @@ class Writer:
 
     def _scored(self, row: Row) -> Callable[[Array, list[int]], Array]:
         def scored(scores: Array, written: list[int]) -> Array:
-            return self._ruled(self.choice.penalised(scores, [*row.prompt, *written]), row, written)
+            return self._ruled(row.choice.penalised(scores, [*row.prompt, *written]), row, written)
 
         return scored
 

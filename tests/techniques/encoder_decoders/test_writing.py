@@ -11,6 +11,7 @@ import pytest
 import surgeon
 from surgeon.cli import main
 from surgeon.errors import DataError, SpecError
+from surgeon.runtime.generation import TaskPerRowHalves
 
 if TYPE_CHECKING:
     from techniques.conftest import Lab
@@ -137,10 +138,21 @@ def test_a_text_ends_where_the_decoder_has_no_positions_left(writing: Writing) -
 
 
 @pytest.mark.parametrize("kind", ["bart", pytest.param("t5", marks=pytest.mark.sweep)])
-def test_a_task_for_each_text_writes_and_reads_as_alone(lab: Lab, writing: Writing, tmp_path: Path, kind: str) -> None:
-    """Texts are written task by task, and read in one batch by the graph of the mode `mixed`."""
+def test_a_task_for_each_text_writes_and_reads_as_alone(
+    lab: Lab, writing: Writing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Tasks of several sizes go on together, a token of all rows a run."""
     base = writing.base(kind, small=True)
-    path = lab.writers(base, writing.surgery[kind], ("switch", "mixed")).save(tmp_path / "build")
+    made = lab.writers(base, writing.surgery[kind], ("switch", "mixed"))
+    lab.resize(made.model("b"), rank=2, length=5, bottleneck=3)
+    path = made.save(tmp_path / "build")
+    runs, write = [], TaskPerRowHalves.write
+
+    def counted(self: TaskPerRowHalves, rows: Any, fed: Any) -> Any:
+        runs.append(len(rows))
+        return write(self, rows, fed)
+
+    monkeypatch.setattr(TaskPerRowHalves, "write", counted)
     tasks, given = ["a", None, "b", "a"], lab.prompts()
     fed = {name: tensor.numpy() for name, tensor in lab.feed(base, 4, 6).items()}
     with surgeon.Session(path, threads=1) as session, surgeon.Session(path, threads=1, mixed=True) as several:
@@ -149,7 +161,9 @@ def test_a_task_for_each_text_writes_and_reads_as_alone(lab: Lab, writing: Writi
                 session.generate([g], t, max_new_tokens=8, **options)[0] for g, t in zip(given, tasks, strict=True)
             ]
             for opened in (session, several):
+                runs.clear()
                 assert opened.generate(given, tasks, max_new_tokens=8, **options) == alone
+                assert len(runs) == max(len(row.tokens) for row in alone)
         assert len({row.tokens for row in alone}) > 1
         rows = several.run(fed, tasks)
         for i, (row, task) in enumerate(zip(rows, tasks, strict=True)):
