@@ -24,6 +24,7 @@ from onnxscript.rewriter.rules.common import slice_split_rule
 
 from surgeon.base.checkpoint import Checkpoint
 from surgeon.errors import InvariantError, TraceError
+from surgeon.exporters.branches import branched
 from surgeon.exporters.experts import translations
 from surgeon.exporters.exported import exported
 from surgeon.exporters.hiding import hidden
@@ -170,6 +171,7 @@ def convert(
     model = converted.model
     name_axes(model, {i.name: i.axes for i in program.inputs}, deltas)
     set_defaults(model, deltas)
+    branched(model, deltas)
     common.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
     check_overridable(model, program)

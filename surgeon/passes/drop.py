@@ -3,8 +3,8 @@
     specialised    layers: n         the first n layers have none, in training, in the task file and in the graph
     robust         layers: random    every step draws n from 0 to L − 1; the task has all, and runs without any first n
 
-Below the lowest adapter there is no gradient. What a call leaves out of a task that has all is an empty product in
-ONNX Runtime.
+Below the lowest adapter there is no gradient. What a call leaves out of a task that has all is a branch that ONNX
+Runtime does not take.
 
 Rücklé et al., "AdapterDrop: On the Efficiency of Adapters in Transformers" (arXiv:2010.11918), section 3.
 """
