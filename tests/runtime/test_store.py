@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -15,6 +16,7 @@ from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
+from typing_extensions import Buffer
 
 from surgeon.errors import BuildError, DeltaError, SpecError
 from surgeon.runtime.store import TaskStore
@@ -243,6 +245,24 @@ def test_what_is_refused_leaves_no_file_behind(store: TaskStore, marked: Callabl
     data = path.read_bytes()
     path.write_bytes(data[:400] + bytes([data[400] ^ 1]) + data[401:])
     with pytest.raises(DeltaError):
+        store.load("a", private)
+    assert list(private.iterdir()) == []
+
+
+def test_a_disk_that_fails_half_way_is_told_and_leaves_no_file(
+    store: TaskStore, marked: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(io.FileIO):
+        def readinto(self, buffer: Buffer, /) -> int | None:
+            if self.tell() < 100:
+                return super().readinto(memoryview(buffer)[:100])
+            raise OSError(errno.EIO, "Input/output error")
+
+    store.add(marked(1.0), "a")
+    private = tmp_path / "private"
+    private.mkdir()
+    monkeypatch.setattr(store._place, "open", lambda name: Failing(tmp_path / "store" / name))
+    with pytest.raises(BuildError, match="the store fails: Input/output error"):
         store.load("a", private)
     assert list(private.iterdir()) == []
 

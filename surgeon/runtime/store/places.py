@@ -18,6 +18,11 @@ STALE = 3600.0
 """Seconds after which what a writer left unfinished is nobody's."""
 
 
+def failing(error: OSError, where: str) -> BuildError:
+    """The error for a store that cannot be read or written."""
+    return BuildError(f"the store fails: {error.strerror or error}", where=where)
+
+
 class Place(Protocol):
     """Files by name. A write shows whole or not at all; all may be called from many threads and processes."""
 

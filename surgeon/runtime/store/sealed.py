@@ -18,9 +18,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from surgeon.errors import BuildError, DeltaError
+from surgeon.errors import DeltaError
 from surgeon.runtime.manifest import Manifest
-from surgeon.runtime.store.places import Stream
+from surgeon.runtime.store.places import Stream, failing
 from surgeon.runtime.taskfile import Bytes
 from surgeon.runtime.tasks import TaskInfo
 
@@ -122,7 +122,7 @@ def _fill(chunk: memoryview, stream: Stream, start: int, where: str) -> None:
                 raise _foreign(where)
             filled += count
     except OSError as error:
-        raise BuildError(f"the store fails: {error.strerror or error}", where=where) from error
+        raise failing(error, where) from error
 
 
 def check_ledger(found: Seal, ledger: str, where: str) -> None:

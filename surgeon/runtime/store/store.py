@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
 
-from surgeon.errors import BuildError, SpecError, UnknownTaskError, did_you_mean, shorten
+from surgeon.errors import SpecError, UnknownTaskError, did_you_mean, shorten
 from surgeon.runtime.document import read_manifest
 from surgeon.runtime.manifest import Manifest
-from surgeon.runtime.store.places import Place, place_of
+from surgeon.runtime.store.places import Place, failing, place_of
 from surgeon.runtime.store.sealed import Seal, ledger_of, seal, unseal
 from surgeon.runtime.taskfile import SUFFIX, private_file
 from surgeon.runtime.tasks import RunnableTask, TaskInfo, check_name, load_task, name_of, runnable
@@ -129,7 +129,7 @@ class TaskStore:
         try:
             return call()
         except OSError as error:
-            raise BuildError(f"the store fails: {error.strerror or error}", where=self.where) from error
+            raise failing(error, self.where) from error
 
 
 def _nameable(name: str) -> bool:
