@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import numpy as np
 from surgeon.errors import BuildError
 from surgeon.runtime import Manifest, Session
 from surgeon.runtime.files import check_files
+from surgeon.runtime.taskfile import Array
 
 if TYPE_CHECKING:
     from surgeon.compiler import Compiled
@@ -88,7 +89,10 @@ def _has_torch() -> bool:
 
 
 def difference(compiled: Compiled, session: Session, task: str | None) -> float:
-    """The largest difference of PyTorch and ONNX Runtime, relative to the largest output where that is above one."""
+    """The largest difference of PyTorch and ONNX Runtime, relative to the largest output where that is above one.
+
+    Both graphs of a build with the mode `mixed` are run.
+    """
     import torch
     from torch.func import functional_call
 
@@ -102,23 +106,31 @@ def difference(compiled: Compiled, session: Session, task: str | None) -> float:
     with torch.no_grad():
         expected = functional_call(model.eval(), held, (), tensors)
     model.train(training)
-    found = session.run(inputs, task)
     gaps = []
-    for name, array in found.items():
-        reference = expected[name].detach().float().numpy()
-        if session.manifest.goes_on:
-            reference = reference[:, -1:]
-        gaps.append(float(np.abs(array - reference).max()) / max(1.0, float(np.abs(reference).max())))
+    for found in _every_graphs(session, inputs, task):
+        for name, array in found.items():
+            reference = expected[name].detach().float().numpy()
+            if session.manifest.goes_on:
+                reference = reference[:, -1:]
+            gaps.append(float(np.abs(array - reference).max()) / max(1.0, float(np.abs(reference).max())))
     return max(gaps)
 
 
-def inputs_for(manifest: Manifest, vocabulary: int) -> dict[str, np.ndarray[Any, Any]]:
+def _every_graphs(session: Session, inputs: dict[str, Array], task: str | None) -> Iterator[dict[str, Array]]:
+    """A batch of one task by the graph of one, and by that of a task a row where the build has it."""
+    yield session.run(inputs, task)
+    if "mixed" in session.manifest.modes:
+        rows = session.run(inputs, [task] * len(next(iter(inputs.values()))))
+        yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def inputs_for(manifest: Manifest, vocabulary: int) -> dict[str, Array]:
     """Inputs of another shape than traced, the last row padded on the right where there is a mask.
 
     A graph that writes texts answers for the last token, which must not be padding.
     """
     rng = np.random.default_rng(0)
-    inputs: dict[str, np.ndarray[Any, Any]] = {}
+    inputs: dict[str, Array] = {}
     for port in manifest.inputs:
         shape = [SIZES[axis] if isinstance(axis, str) else axis for axis in port.axes]
         if port.fill is None and np.dtype(port.dtype).kind == "f":

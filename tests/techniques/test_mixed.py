@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
 import surgeon
-from surgeon.errors import DataError, SpecError
+from surgeon.audit import audit
+from surgeon.errors import BuildError, DataError, SpecError
+from surgeon.runtime.document import seal
+from surgeon.runtime.files import hash_file
+from surgeon.runtime.manifest import MANIFEST, NO_TASK
+from surgeon.runtime.taskfile import read_adapter, write_adapter
 from surgeon.spec.envelope import ExportSpec
 
 QVF = ["attention.query", "attention.value", "ffn.up"]
@@ -128,6 +136,21 @@ def test_tasks_come_and_go_meanwhile(served):
         session.remove_task("sentiment")
         with pytest.raises(SpecError, match="no task 'sentiment'"):
             session.run(fed, ["sentiment"] * 4)
+
+
+def test_verify_compares_the_graph_of_several_tasks_too(served, tmp_path):
+    folder, _ = served
+    with surgeon.Session(folder) as session:
+        fingerprint = session.manifest.base.fingerprint
+    assert all(task.difference < 1e-5 for task in audit(folder).tasks)
+    wrong = Path(shutil.copytree(folder, tmp_path / "build"))
+    base = read_adapter(wrong / NO_TASK).tensors
+    write_adapter(wrong / NO_TASK, {n: a + 1 for n, a in base.items()}, fingerprint)
+    document = json.loads((wrong / MANIFEST).read_text(encoding="utf-8"))
+    document["files"][NO_TASK] = {"sha256": hash_file(wrong / NO_TASK), "bytes": (wrong / NO_TASK).stat().st_size}
+    (wrong / MANIFEST).write_text(json.dumps(seal(document)), encoding="utf-8")
+    with pytest.raises(BuildError, match=r"different answers[\s\S]*the base: "):
+        audit(wrong)
 
 
 @pytest.mark.parametrize("surgery", [[{"prefix": {"length": 3}}], [{"prompt": {"length": 3}}]], ids=str)
