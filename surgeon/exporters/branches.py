@@ -1,9 +1,11 @@
 """What may be left out layer by layer runs only where a task has it: `x + f(x)` is an `If` around the sum.
 
-A technique's deltas of one site that are empty or zero by default leave `x` as it is (`Delta.droppable`). As empty
-products they would still cost the norm that is made for them, and a sum or two over all positions; behind the `If`
-they cost a copy. What is looked for in the finished graph is the first sum one of whose operands is computed by
-readers of all these deltas, and by nothing that is read elsewhere.
+A technique's deltas of one site that can be dropped are empty or zero by default (`Delta.droppable`). As empty products
+they would still cost the norm that is made for them, and a sum or two over all positions; behind the `If` they cost a
+copy. What is looked for in the finished graph is the first sum one of whose operands reads all these deltas, is zero
+where they are, and is needed by nothing else. Where there is none, the graph stays as it is.
+
+Of a task a row the sizes are those of the bank: a technique runs where any task at hand has it.
 """
 
 from __future__ import annotations
@@ -16,9 +18,13 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from surgeon.ledger import Delta
+from surgeon.mixed import TASK_IDS
 
 FAR = 256
 """Nodes to look at behind the reader of a delta."""
+LAYOUT = frozenset({"Cast", "Expand", "Gather", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+"""Zero where their first operand is; sums are where all are, products where one is."""
+SUMS, PRODUCTS = frozenset({"Add", "Sub"}), frozenset({"MatMul", "Mul"})
 
 
 def branched(model: ir.Model, deltas: Mapping[str, Delta]) -> None:
@@ -44,11 +50,11 @@ def _sites(deltas: Mapping[str, Delta]) -> list[list[Delta]]:
 
 def _sums(graph: ir.Graph, given: Sequence[ir.Value]) -> list[tuple[ir.Node, ir.Value, set[ir.Node]]]:
     """Each sum that is what is `kept` of it where the deltas are nothing; and the nodes that only it needs."""
-    order = {node: place for place, node in enumerate(graph)}
+    order = {node: place for place, node in enumerate(graph)}  # without what is in a branch already
     readers = [_readers(value) for value in given]
     sums = {}
-    for start in readers[0]:
-        splits = (_split(add, readers) for add in _behind(start, order))
+    for start in readers[0] & order.keys():
+        splits = (_split(add, given, readers) for add in _behind(start, order))
         if found := next(filter(None, splits), None):
             sums[found[0]] = found
     return list(sums.values())
@@ -76,19 +82,36 @@ def _behind(start: ir.Node, order: Mapping[ir.Node, int]) -> Iterator[ir.Node]:
         node = heapq.heappop(ahead)[1]
         if node.op_type == "Add":
             yield node
-        for user in {user for output in node.outputs for user in output.consumers()} - seen:
+        for user in {user for output in node.outputs for user in output.consumers()} & order.keys() - seen:
             seen.add(user)
             heapq.heappush(ahead, (order[user], user))
 
 
-def _split(add: ir.Node, readers: Sequence[set[ir.Node]]) -> tuple[ir.Node, ir.Value, set[ir.Node]] | None:
-    """A sum, its operand that stays, and what is computed for the other, if that one reads every delta."""
+def _split(
+    add: ir.Node, given: Sequence[ir.Value], readers: Sequence[set[ir.Node]]
+) -> tuple[ir.Node, ir.Value, set[ir.Node]] | None:
+    """A sum, its operand that stays, and what is computed for the other, if that one reads every delta and is nothing
+    without them.
+    """
     for kept, branch in (add.inputs, reversed(add.inputs)):
         if kept is not None and kept.producer() is not None and branch is not None:
             apart = _apart(add, branch, kept)
-            if all(apart & of_one for of_one in readers):
+            if all(apart & of_one for of_one in readers) and _vanishes(branch, given, apart.union(*readers)):
                 return add, kept, apart
     return None
+
+
+def _vanishes(value: ir.Value | None, given: Collection[ir.Value], nodes: Collection[ir.Node]) -> bool:
+    """Whether a value that these nodes compute is zero where all that is given is zero or empty."""
+    if value is None or value in given:
+        return value is not None
+    node = value.producer()
+    if node is None or node not in nodes:
+        return False
+    operands = (_vanishes(operand, given, nodes) for operand in node.inputs)
+    if node.op_type in SUMS:
+        return all(operands)
+    return any(operands) if node.op_type in PRODUCTS else node.op_type in LAYOUT and next(operands)
 
 
 def _apart(add: ir.Node, branch: ir.Value, kept: ir.Value) -> set[ir.Node]:
@@ -113,7 +136,8 @@ def _condition(graph: ir.Graph, site: Sequence[Delta], inputs: Mapping[str, ir.V
     tape = Tape()
     found = [tape.op("Cast", [tape.op("Size", [inputs[name]])], {"to": ir.DataType.BOOL}) for name in least]
     for name in rest:
-        numbers = tape.op("Cast", [inputs[name]], {"to": ir.DataType.FLOAT})
+        own = tape.op("Gather", [inputs[name], inputs[TASK_IDS]]) if TASK_IDS in inputs else inputs[name]
+        numbers = tape.op("Cast", [own], {"to": ir.DataType.FLOAT})
         length = tape.op("ReduceL1", [numbers], {"keepdims": 0})
         found.append(tape.op("Cast", [length], {"to": ir.DataType.BOOL}))
     condition = reduce(lambda a, b: tape.op("Or", [a, b]), found)

@@ -11,11 +11,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from surgeon import exporters, mixed
 from surgeon.base.checkpoint import Checkpoint
 from surgeon.base.gguf import cache_folder
 from surgeon.exporters.onnx import OnnxExporter
@@ -78,10 +80,10 @@ def cache_key(  # noqa: PLR0917 - all that a model depends on
 ) -> str:
     """Hash of all that the ONNX models depend on: base and its form, graph, free dimensions, opset and versions."""
     deltas = [
-        (d.name, [d.free.get(a, s) for a, s in enumerate(d.shape)], list(d.default.shape))
+        (d.name, [d.free.get(a, s) for a, s in enumerate(d.shape)], list(d.default.shape), d.droppable)
         for d in program.ledger.deltas.values()
     ]
-    tools = {"modelsurgeon": tool_version("modelsurgeon")} | tool_versions()
+    tools = {"modelsurgeon": tool_version("modelsurgeon"), "exporters": _own_sources()} | tool_versions()
     constants = {n: hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for n, t in program.constants.items()}
     texts = [graph_text(p) for p in ((program,) if both is None else (program, both.encoder, both.decoder))]
     blocks = dict(program.quantised.forms) if weights in KEPT else {}
@@ -92,6 +94,13 @@ def cache_key(  # noqa: PLR0917 - all that a model depends on
     form = [blocks, program.shares_cache, opset, weights, sorted(modes), files]
     parts = [fingerprint, texts, deltas, constants, form, tools]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _own_sources() -> str:
+    """Hash of the code that makes ONNX models of a program: another one may make others."""
+    files = sorted(path for room in (exporters, mixed) for path in Path(str(room.__file__)).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _facts(model: ir.Model) -> dict[str, Any]:

@@ -87,6 +87,14 @@ class Bank:
                 self._used -= Counter(wanted)
                 self._changed.notify_all()
 
+    def holds(self, tasks: Collection[RunnableTask]) -> bool:
+        """Whether all of these can be at hand at once."""
+        with self._changed:
+            sizes = self._sizes
+            for task in tasks:
+                sizes = _larger(sizes, task.info.sizes)
+            return len(set(tasks)) <= self._most(sizes)
+
     def cut(self, held: Held, sizes: Mapping[str, int], without: Collection[str] = ()) -> dict[str, Array]:
         """The arrays, with no more than these sizes; the deltas `without` are the base's in every entry."""
         arrays = dict(held.arrays)

@@ -66,29 +66,33 @@ class Graphs:
     def open_pair(self, *, several: bool = False) -> Pair:
         """Encoder and decoder of a build that writes texts with both, for a batch of one task or of several tasks."""
         self.check_open()
-        with self._lock:
-            if several not in self._pairs:
-                graphs = (MIXED_ENCODER, MIXED_DECODER) if several else (ENCODER, DECODER)
-                self._pairs[several] = Pair(*(self._opening(graph=graph) for graph in graphs))
-            return self._pairs[several]
+        pair = self._pairs.get(several)
+        if pair is None:
+            with self._lock:
+                pair = self._pairs.get(several)
+                if pair is None:
+                    graphs = (MIXED_ENCODER, MIXED_DECODER) if several else (ENCODER, DECODER)
+                    pair = self._pairs[several] = Pair(*(self._opening(graph=graph) for graph in graphs))
+        return pair
 
     def open_bank(self) -> Bank:
         """The tasks at hand for batches of several. Raises SpecError where the build takes one task a batch."""
         self.check_open()
         with self._lock:
-            if self._bank is None:
-                self._bank = self._opening_bank()
-            return self._bank
+            bank = self._bank = self._bank or self._opening_bank()
+        return bank
 
     def open_several(self) -> MixedGraph:
         """The graph of several tasks a batch, opened if it is not. Raises SpecError where the build has none."""
         self.check_open()
-        if self._several is None:
+        several = self._several
+        if several is None:
             with self._lock:
-                if self._several is None:
+                several = self._several
+                if several is None:
                     bank = self.open_bank()
-                    self._several = MixedGraph(self._opening(graph=MIXED), self._manifest, bank)
-        return self._several
+                    several = self._several = MixedGraph(self._opening(graph=MIXED), self._manifest, bank)
+        return several
 
     @property
     def resident(self) -> tuple[str, ...]:
@@ -115,7 +119,8 @@ class Graphs:
 
     def close(self) -> None:
         """Let go of the model; runs under way keep it to their end."""
-        self._closed, self._single, self._several, self._bank, self._pairs = True, None, None, None, {}
+        with self._lock:  # not while a graph is being opened, which would stay
+            self._closed, self._single, self._several, self._bank, self._pairs = True, None, None, None, {}
 
     def check_open(self) -> None:
         """Raise BuildError where the session is closed."""

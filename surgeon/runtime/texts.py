@@ -108,9 +108,11 @@ class Texts:
         """Rows of an encoder-decoder that may go on together, and what they go on with."""
         manifest, generation = self._manifest, self._generation
         if (each or self._graphs.alone) and MIXED_ENCODER in manifest.files:
-            pair, bank = self._graphs.open_pair(several=True), self._graphs.open_bank()
-            yield list(rows), TaskPerRowHalves(pair, manifest, generation, bank)
-            return
+            bank = self._graphs.open_bank()
+            if bank.holds({row.task for row in rows if row.task is not None}):
+                pair = self._graphs.open_pair(several=True)
+                yield list(rows), TaskPerRowHalves(pair, manifest, generation, bank)
+                return
         for own, deltas in _by_task(rows):
             yield own, OneTaskHalves(self._graphs.open_pair(), generation, deltas)
 

@@ -13,6 +13,7 @@ import surgeon
 from surgeon.exporters.onnx import convert
 from surgeon.mixed import mixed
 from surgeon.runtime.taskfile import write_adapter
+from surgeon.starts import zeros
 
 TECHNIQUES = {
     "houlsby": {"adapter": {"bottleneck": 5}},
@@ -53,6 +54,16 @@ def test_every_adapted_join_is_a_branch_and_nothing_else_computes_with_its_delta
 
 def _droppable(program, names):
     return any(name in program.ledger.deltas and program.ledger.deltas[name].droppable for name in names)
+
+
+@pytest.mark.parametrize("form", [lambda b, g: b * (1 + g), lambda b, g: b + g], ids=["factor", "summand"])
+def test_a_sublayer_that_is_there_without_the_deltas_is_no_branch(form, lab):
+    program = lab.operate(lab.base("bert"), {"lora": {"rank": 2}}).program
+    join = next(join for join in program.anatomy.joins if join.role == "residual.ffn")
+    with program.author("test", "surgery[1]"):
+        delta = program.delta(join, "gate", (join.width,), zeros, droppable=True)
+        program.replace_operand([join.add], join.branch, form, (delta,))
+    assert branches(convert(program, 20)) == []
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)

@@ -138,14 +138,15 @@ def test_tasks_come_and_go_meanwhile(served):
             session.run(fed, ["sentiment"] * 4)
 
 
-def test_verify_compares_the_graph_of_several_tasks_too(served, tmp_path):
+@pytest.mark.parametrize("number", [1.0, 3e38], ids=["another", "nan"])
+def test_verify_compares_the_graph_of_several_tasks_too(number, served, tmp_path):
     folder, _ = served
     with surgeon.Session(folder) as session:
         fingerprint = session.manifest.base.fingerprint
     assert all(task.difference < 1e-5 for task in audit(folder).tasks)
     wrong = Path(shutil.copytree(folder, tmp_path / "build"))
     base = read_adapter(wrong / NO_TASK).tensors
-    write_adapter(wrong / NO_TASK, {n: a + 1 for n, a in base.items()}, fingerprint)
+    write_adapter(wrong / NO_TASK, {n: a + np.float32(number) for n, a in base.items()}, fingerprint)
     document = json.loads((wrong / MANIFEST).read_text(encoding="utf-8"))
     document["files"][NO_TASK] = {"sha256": hash_file(wrong / NO_TASK), "bytes": (wrong / NO_TASK).stat().st_size}
     (wrong / MANIFEST).write_text(json.dumps(seal(document)), encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -93,7 +93,7 @@ class OneTaskHalves:
 
 
 class TaskPerRowHalves:
-    """Every row is of its own task, or of none; the bank has them at hand in every call."""
+    """Every row is of its own task, or of none; the bank has them at hand."""
 
     def __init__(self, pair: Pair, manifest: Manifest, generation: Generation, bank: Bank) -> None:
         self._encoder, self._decoder = pair.halves(generation)
@@ -109,13 +109,17 @@ class TaskPerRowHalves:
         return self._run(self._decoder, rows, fed)
 
     def _run(self, half: Half, rows: Sequence[Row], fed: Mapping[str, Array]) -> list[OrtValue]:
-        """Of what takes positions no more than these rows need: what others need would be lost to the text."""
+        """Bound are the tasks of these rows alone, copied: of what takes positions no more than they need, for what
+        others need would be lost to the text.
+        """
         tasks = [row.task for row in rows if row.task is not None]
         sizes = {s: max((task.info.sizes.get(s, 0) for task in tasks), default=0) for s in self._positions}
         with self._bank.holding(tasks) as held:
-            if self._known.get(half) != (held.version, sizes):
-                arrays = self._bank.cut(held, sizes)
-                half.bind({name: OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()})
-                self._known[half] = held.version, sizes
             places = [0 if row.task is None else held.places[row.task] for row in rows]
-            return half.run({**fed, "task_ids": np.array(places, np.int64)})
+            own = sorted({0, *places})
+            if self._known.get(half) != (held.version, sizes, own):
+                few = {name: array[own] for name, array in held.arrays.items()}
+                arrays = self._bank.cut(replace(held, arrays=few), sizes)
+                half.bind({name: OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()})
+                self._known[half] = held.version, sizes, own
+        return half.run({**fed, "task_ids": np.array([own.index(place) for place in places], np.int64)})

@@ -164,6 +164,8 @@ def test_a_task_for_each_text_writes_and_reads_as_alone(
                 runs.clear()
                 assert opened.generate(given, tasks, max_new_tokens=8, **options) == alone
                 assert len(runs) == max(len(row.tokens) for row in alone)
+            with surgeon.Session(path, threads=1, resident=1) as few:  # one by one, where not all can be at hand
+                assert few.generate(given, tasks, max_new_tokens=8, **options) == alone
         assert len({row.tokens for row in alone}) > 1
         rows = several.run(fed, tasks)
         for i, (row, task) in enumerate(zip(rows, tasks, strict=True)):
