@@ -53,7 +53,7 @@ def _sums(graph: ir.Graph, given: Sequence[ir.Value]) -> list[tuple[ir.Node, ir.
     order = {node: place for place, node in enumerate(graph)}  # without what is in a branch already
     readers = [_readers(value) for value in given]
     sums = {}
-    for start in readers[0] & order.keys():
+    for start in sorted(readers[0] & order.keys(), key=order.__getitem__):  # names are given in this order
         splits = (_split(add, given, readers) for add in _behind(start, order))
         if found := next(filter(None, splits), None):
             sums[found[0]] = found
