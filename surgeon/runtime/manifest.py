@@ -192,6 +192,12 @@ class Manifest:
         """Whether the model goes on with a text from a cache, and so answers for the last token alone."""
         return self.generation is not None and self.generation.source is None
 
+    @property
+    def writes_several(self) -> bool:
+        """Whether texts of several tasks may go on together."""
+        own_graphs = self.goes_on or MIXED_ENCODER in self.files
+        return self.generation is not None and "mixed" in self.modes and own_graphs
+
     def taken(self, sizes: Mapping[str, int], axis: str) -> int:
         """How many positions of an input's axis a task of these sizes takes for tokens of its own."""
         return sum(sizes.get(symbol, 0) for symbol, of in self.positions.items() if of == axis)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 from onnxruntime import OrtValue
 
 from surgeon.errors import DataError, SpecError
+from surgeon.runtime.bank import Bank
 from surgeon.runtime.generation import (
+    Aligned,
     Beams,
+    Decoding,
+    Groups,
     Halves,
     Listener,
     OneTask,
     OneTaskHalves,
     Prompt,
     Row,
+    Slots,
     TaskPerRowHalves,
     Writer,
     Written,
@@ -22,8 +28,8 @@ from surgeon.runtime.generation import (
     check_counts,
     check_list,
     choice,
+    search,
     write,
-    write_from,
 )
 from surgeon.runtime.graphs import Graphs
 from surgeon.runtime.manifest import MIXED_ENCODER, Generation, Manifest
@@ -31,6 +37,8 @@ from surgeon.runtime.reading import Reader
 from surgeon.runtime.table import TaskTable
 from surgeon.runtime.tasks import RunnableTask
 
+GROUPS = 2
+"""Groups of an encoder-decoder's texts that go on side by side, where texts come at any time."""
 TaskEach = str | Sequence[str | None] | None
 """A task for all prompts, or one for each; None is the base."""
 
@@ -79,15 +87,17 @@ class Texts:
     def writer(self, batch: int = 8, failed: Callable[[Row, Exception], None] | None = None) -> Writer:
         """Rows of any tasks that go on together, of a build with the mode `mixed`; others may come in meanwhile.
 
-        Raises SpecError where the build does not write texts, or those of one task at a time.
+        A text of an encoder-decoder goes on beside those it began with; of such groups there are two at most, and who
+        comes then waits for one to end. Raises SpecError where the build does not write texts, or those of one task
+        at a time.
         """
         generation = self._generation
-        if generation.source is not None:
-            raise SpecError(
-                "the texts of an encoder-decoder begin together, and none joins later",
-                try_="`generate`, with a task for each",
-            )
-        return Writer(self._graphs.open_several().decoding(), generation, batch, failed)
+        if generation.source is None:
+            return Writer(self._several(batch), generation, batch, failed)
+        bank = self._graphs.open_bank()
+        if MIXED_ENCODER not in self._manifest.files:
+            raise SpecError("this build writes the texts of one task at a time", try_="compile it anew")
+        return Writer(Groups(self._per_row(bank), generation, GROUPS), generation, batch, failed)
 
     def write(self, rows: Sequence[Row], *, each: bool, batch: int, beams: Beams | None = None) -> list[Written]:
         """Write rows to their ends, `batch` at a time; without `each` all are of one task."""
@@ -95,26 +105,36 @@ class Texts:
         generation = self._generation
         if generation.source is not None:
             for own, halves in self._halves(rows, each=each):
-                write_from(own, halves, generation, beams=beams, batch=batch)
+                if beams is None:
+                    write(own, Writer(Groups(halves, generation), generation, batch))
+                else:
+                    for start in range(0, len(own), batch):
+                        search(own[start : start + batch], halves(), generation, beams)
         elif each or self._graphs.alone:
-            write(rows, self.writer(batch))
+            write(rows, Writer(self._several(batch, rows), generation, batch))
         else:
             for own, deltas in _by_task(rows):
                 one = OneTask(self._graphs.single.session, self._manifest, generation, deltas)
-                write(own, Writer(one, generation, batch))
+                write(own, Writer(_side_by_side(one, generation, batch, own), generation, batch))
         return [row.written for row in rows]
 
-    def _halves(self, rows: Sequence[Row], *, each: bool) -> Iterator[tuple[list[Row], Halves]]:
+    def _several(self, batch: int, expected: Sequence[Row] = ()) -> Slots | Aligned:
+        """Rows of a decoder, of any tasks."""
+        return _side_by_side(self._graphs.open_several().decoding(), self._generation, batch, expected)
+
+    def _halves(self, rows: Sequence[Row], *, each: bool) -> Iterator[tuple[list[Row], Callable[[], Halves]]]:
         """Rows of an encoder-decoder that may go on together, and what they go on with."""
-        manifest, generation = self._manifest, self._generation
-        if (each or self._graphs.alone) and MIXED_ENCODER in manifest.files:
+        if (each or self._graphs.alone) and MIXED_ENCODER in self._manifest.files:
             bank = self._graphs.open_bank()
             if bank.holds({row.task for row in rows if row.task is not None}):
-                pair = self._graphs.open_pair(several=True)
-                yield list(rows), TaskPerRowHalves(pair, manifest, generation, bank)
+                yield list(rows), self._per_row(bank)
                 return
         for own, deltas in _by_task(rows):
-            yield own, OneTaskHalves(self._graphs.open_pair(), generation, deltas)
+            yield own, partial(OneTaskHalves, self._graphs.open_pair(), self._generation, deltas)
+
+    def _per_row(self, bank: Bank) -> Callable[[], Halves]:
+        pair = self._graphs.open_pair(several=True)
+        return partial(TaskPerRowHalves, pair, self._manifest, self._generation, bank)
 
     @property
     def _generation(self) -> Generation:
@@ -139,3 +159,10 @@ def _by_task(rows: Sequence[Row]) -> Iterator[tuple[list[Row], Mapping[str, OrtV
         found.setdefault(id(row.task), []).append(row)
     for own in found.values():
         yield own, {} if own[0].task is None else own[0].task.values()
+
+
+def _side_by_side(
+    decoding: Decoding, generation: Generation, batch: int, expected: Sequence[Row] = ()
+) -> Slots | Aligned:
+    """How rows of a decoder stand together, as its graph keeps its cache."""
+    return Slots(decoding, generation, batch, expected) if generation.shared else Aligned(decoding)

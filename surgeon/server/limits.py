@@ -32,7 +32,7 @@ class Limits:
     connections: int = 4096
     """Connections at once; above, 503."""
     texts: int = 8
-    """Texts that are written together, of a decoder's build with the mode `mixed`."""
+    """Texts that are written together, of a build with the mode `mixed`."""
     writers: int = 2
     """Requests that write texts at once of other builds, each with its own cache."""
     grace: float = 30.0

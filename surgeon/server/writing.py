@@ -65,7 +65,7 @@ class Pieces:
 
 
 class Writing:
-    """The routes of /v1. Rows of all requests go on together where a decoder's build has the mode `mixed`.
+    """The routes of /v1. Rows of all requests go on together where the build has the mode `mixed`.
 
     Elsewhere each request has a thread of its own; few run at once, and the others wait.
     """
@@ -75,7 +75,7 @@ class Writing:
         self._measures, self._base = measures, base
         self._limits = answering.limits
         self._threads = ThreadPoolExecutor(self._limits.writers, "surgeon-writes")
-        together = answering.mixed and self._session.manifest.goes_on
+        together = self._session.manifest.writes_several
         self._scribe = Scribe(self._session, min(self._limits.texts, resident)) if together else None
         self.waiting = 0
 

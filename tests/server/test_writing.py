@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +27,58 @@ TEMPLATE = (
 CHAT = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7"}, {"role": "user", "content": "w8"}]
 
 
+BASES = {
+    "llama": ("causal-lm", {"num_hidden_layers": 1}),
+    "bart": ("seq2seq-lm", {"encoder_layers": 1, "decoder_layers": 1}),
+}
+
+
 @pytest.fixture(scope="module")
-def build(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("writing")
-    tiny("llama", num_hidden_layers=1, eos_token_id=1, initializer_range=0.3).save_pretrained(folder / "base")
-    words = {"<p>": 0, "</s>": 1, "[UNK]": 2, "<u>": 3, "<a>": 4, **{f"w{i}": i for i in range(5, 100)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "base" / "tokenizer.json"))
-    (folder / "base" / "chat_template.jinja").write_text(TEMPLATE)
-    surgeon.compile(
-        {
-            "base": {"model": str(folder / "base"), "head": "causal-lm"},
-            "surgery": [{"lora": {"rank": 4}}],
-            "tasks": {"a": {}},
-            "export": {"generate": True, "modes": ["switch", "mixed"]},
-        },
-        out=folder / "build",
-    )
-    return folder / "build"
+def built(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    @cache
+    def build(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        head, sizes = BASES[kind]
+        wide = {"initializer_range": 0.3} if kind == "llama" else {"init_std": 0.3}
+        tiny(kind, eos_token_id=1, **wide, **sizes).save_pretrained(folder / "base")
+        words = {"<p>": 0, "</s>": 1, "[UNK]": 2, "<u>": 3, "<a>": 4, **{f"w{i}": i for i in range(5, 100)}}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer.save(str(folder / "base" / "tokenizer.json"))
+        (folder / "base" / "chat_template.jinja").write_text(TEMPLATE)
+        surgeon.compile(
+            {
+                "base": {"model": str(folder / "base"), "head": head},
+                "surgery": [{"lora": {"rank": 4}}],
+                "tasks": {"a": {}},
+                "export": {"generate": True, "modes": ["switch", "mixed"]},
+            },
+            out=folder / "build",
+        )
+        return folder / "build"
+
+    return build
 
 
-@pytest.fixture(scope="module", params=[["switch"], ["switch", "mixed"]], ids=["each alone", "together"])
+TOGETHER = ["switch", "mixed"]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("llama", ["switch"]), ("llama", TOGETHER), ("bart", TOGETHER)],
+    ids=["each alone", "together", "from sources together"],
+)
 def live(
-    build: Path, serving: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    built: Callable[[str], Path],
+    serving: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> Iterator[Live]:
+    kind, modes = request.param
     folder = tmp_path_factory.mktemp("served")
-    shutil.copytree(build, folder / "build")
-    manifest = json.loads((build / "manifest.json").read_text())
-    (folder / "build" / "manifest.json").write_text(json.dumps(seal({**manifest, "modes": request.param})))
+    shutil.copytree(built(kind), folder / "build")
+    manifest = json.loads((folder / "build" / "manifest.json").read_text())
+    (folder / "build" / "manifest.json").write_text(json.dumps(seal({**manifest, "modes": modes})))
     with serving(folder / "build", Limits(writers=2, deadline=20)) as server:
         server.session.add_task(write_task(folder / "build", folder / f"b{SUFFIX}", seed=1))
         yield server

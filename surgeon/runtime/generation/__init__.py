@@ -1,20 +1,25 @@
 """Writing texts, greedily, by chance or by beam search: many rows at a time, from a cache of ONNX Runtime's."""
 
+from surgeon.runtime.generation.aligned import Aligned
 from surgeon.runtime.generation.asking import Prompt, ask, check_list
 from surgeon.runtime.generation.beams import Beams, check_beams
 from surgeon.runtime.generation.decoder import Decoder
 from surgeon.runtime.generation.decoding import Decoding, OneTask, TaskPerRow
+from surgeon.runtime.generation.groups import Groups
 from surgeon.runtime.generation.halves import Halves, OneTaskHalves, Pair, TaskPerRowHalves
 from surgeon.runtime.generation.options import Choice, check_counts, choice
 from surgeon.runtime.generation.rows import Listener, Row, Written
-from surgeon.runtime.generation.sources import write_from
+from surgeon.runtime.generation.searching import search
+from surgeon.runtime.generation.slots import Slots
 from surgeon.runtime.generation.writing import Writer, write
 
 __all__ = [
+    "Aligned",
     "Beams",
     "Choice",
     "Decoder",
     "Decoding",
+    "Groups",
     "Halves",
     "Listener",
     "OneTask",
@@ -22,6 +27,7 @@ __all__ = [
     "Pair",
     "Prompt",
     "Row",
+    "Slots",
     "TaskPerRow",
     "TaskPerRowHalves",
     "Writer",
@@ -31,6 +37,6 @@ __all__ = [
     "check_counts",
     "check_list",
     "choice",
+    "search",
     "write",
-    "write_from",
 ]

@@ -26,7 +26,7 @@ class Written:
 
     `tokens` are all that the model gave. `reason` is `end` for its own end, `stop` for a stop string, `length` where
     it was cut, `gone` where nobody waited for it. `text` is empty where the build has no tokenizer; `prompt` is how
-    many tokens were there before.
+    many tokens the prompt had.
     """
 
     text: str
@@ -69,7 +69,12 @@ class Row:
     def written(self) -> Written:
         """The whole of it."""
         assert self.reason is not None
-        return Written("" if self.voice is None else self.voice.text, tuple(self.tokens), self.reason, len(self.prompt))
+        return Written(
+            "" if self.voice is None else self.voice.text,
+            tuple(self.tokens),
+            self.reason,
+            len(self.source or self.prompt),
+        )
 
 
 class Voice:

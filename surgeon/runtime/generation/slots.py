@@ -22,36 +22,49 @@ STEP = 64
 
 
 class Slots:
-    """The rows that go on together, and the buffers of their caches `[slots, heads, room, width]`."""
+    """The rows that go on together, and the buffers of their caches `[slots, heads, room, width]`.
 
-    def __init__(self, generation: Generation, slots: int) -> None:
+    Where these rows are `expected`, and no others, there is room for all of them from the beginning.
+    """
+
+    ready = True
+
+    def __init__(self, decoding: Decoding, generation: Generation, slots: int, expected: Sequence[Row] = ()) -> None:
         self.rows: list[Row] = []
+        self._decoding = decoding
         self._lengths: list[int] = []
         self._fronts: list[int] = []
-        self._cache, self._slots = generation.cache, slots
+        self._cache, self._slots = generation.cache, min(slots, len(expected) or slots)
         self._buffers: list[Array] = []
         self._views: dict[tuple[int, int], list[OrtValue]] = {}
+        if expected:
+            self._widen(expected, max(self._front(row) for row in {row.task: row for row in expected}.values()))
 
     @property
     def going(self) -> list[Row]:
         """Rows that have not ended."""
         return [row for row in self.rows if row.reason is None]
 
-    def read(self, decoding: Decoding, row: Row) -> Array:
+    def read(self, row: Row) -> Array:
         """Read the prompt of a row that comes in; logits `[vocabulary]`."""
         self.renew()
-        begin = decoding.front(row)
+        begin = self._decoding.front(row)
         front = begin[0].shape[1] if begin else 0
-        self.widen([*self.rows, row], max([*self._fronts, front]))
+        self._widen([*self.rows, row], max([*self._fronts, front]))
         slot = len(self.rows)
         for buffer, start in zip(self._buffers, begin, strict=False):
             buffer[slot, :, :front] = start
         ids = np.array([row.prompt], dtype=np.int64)
-        logits: Array = decoding.read(row, ids, np.ones_like(ids), self._view(slot, slot + 1))[0][0]
+        logits: Array = self._decoding.read(row, ids, np.ones_like(ids), self._view(slot, slot + 1))[0][0]
         self.rows.append(row)
         self._lengths.append(len(row.prompt))
         self._fronts.append(front)
         return logits
+
+    def _front(self, row: Row) -> int:
+        """Columns that a row's cache begins with."""
+        begin = self._decoding.front(row)
+        return begin[0].shape[1] if begin else 0
 
     def renew(self) -> None:
         """Leave out rows that have ended."""
@@ -62,19 +75,14 @@ class Slots:
                 for buffer in self._buffers:
                     buffer[slot, :, : front + length] = buffer[len(self.rows), :, : front + length]
 
-    def step(self, decoding: Decoding) -> Array:
+    def step(self) -> Array:
         """Let every row go on by its last token; logits `[rows, vocabulary]`."""
         self._lengths = [length + 1 for length in self._lengths]
         mask = (np.arange(max(self._lengths)) < np.array(self._lengths)[:, None]).astype(np.int64)
         ids = np.array([row.tokens[-1:] for row in self.rows])
-        return decoding.write(self.rows, ids, mask, self._view(0, len(self.rows)))[0]
+        return self._decoding.write(self.rows, ids, mask, self._view(0, len(self.rows)))[0]
 
-    def expect(self, rows: Sequence[Row], front: int, slots: int) -> None:
-        """Have room for all these rows, so many at a time, from the beginning."""
-        self._slots = slots
-        self.widen(rows, front)
-
-    def widen(self, rows: Sequence[Row], front: int) -> None:
+    def _widen(self, rows: Sequence[Row], front: int) -> None:
         """Have room for the longest of these rows behind the longest prefix: the operator counts columns so."""
         room = front + max((len(row.prompt) + row.limit for row in rows), default=0)
         if self._buffers and self._buffers[0].shape[2] >= room:

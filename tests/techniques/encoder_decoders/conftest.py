@@ -69,6 +69,15 @@ class Writing:
             self._known[kind] = Built(made, path, surgeon.Session(path, threads=1))
         return self._known[kind]
 
+    def several(self, kind: str) -> Path:
+        """A build for rows of several tasks, which have other sizes."""
+        path = self._root / f"{kind}-several"
+        if not path.exists():
+            made = self._lab.writers(self.base(kind, small=True), SURGERY[kind], ("switch", "mixed"))
+            self._lab.resize(made.model("b"), rank=2, length=5, bottleneck=3)
+            made.save(path)
+        return path
+
     @staticmethod
     def saved(made: Compiled, out: Path, **said: Any) -> Path:
         """A build of the same graphs whose base has another generation configuration."""

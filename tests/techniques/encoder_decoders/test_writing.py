@@ -11,7 +11,7 @@ import pytest
 import surgeon
 from surgeon.cli import main
 from surgeon.errors import DataError, SpecError
-from surgeon.runtime.generation import TaskPerRowHalves
+from surgeon.runtime.generation import Row, TaskPerRowHalves
 
 if TYPE_CHECKING:
     from techniques.conftest import Lab
@@ -137,15 +137,9 @@ def test_a_text_ends_where_the_decoder_has_no_positions_left(writing: Writing) -
     assert (len(row.tokens), row.reason) == (writing.long, "length")  # the source's tokens take none, nor does the last
 
 
-@pytest.mark.parametrize("kind", ["bart", pytest.param("t5", marks=pytest.mark.sweep)])
-def test_a_task_for_each_text_writes_and_reads_as_alone(
-    lab: Lab, writing: Writing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    """Tasks of several sizes go on together, a token of all rows a run."""
-    base = writing.base(kind, small=True)
-    made = lab.writers(base, writing.surgery[kind], ("switch", "mixed"))
-    lab.resize(made.model("b"), rank=2, length=5, bottleneck=3)
-    path = made.save(tmp_path / "build")
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows every run of a decoder's graph of several tasks had."""
     runs, write = [], TaskPerRowHalves.write
 
     def counted(self: TaskPerRowHalves, rows: Any, fed: Any) -> Any:
@@ -153,8 +147,18 @@ def test_a_task_for_each_text_writes_and_reads_as_alone(
         return write(self, rows, fed)
 
     monkeypatch.setattr(TaskPerRowHalves, "write", counted)
+    return runs
+
+
+SEVERAL = ["bart", pytest.param("t5", marks=pytest.mark.sweep)]
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_a_task_for_each_text_writes_and_reads_as_alone(lab: Lab, writing: Writing, runs: list[int], kind: str) -> None:
+    """Tasks of several sizes go on together, a token of all rows a run."""
+    path = writing.several(kind)
     tasks, given = ["a", None, "b", "a"], lab.prompts()
-    fed = {name: tensor.numpy() for name, tensor in lab.feed(base, 4, 6).items()}
+    fed = {name: tensor.numpy() for name, tensor in lab.feed(writing.base(kind, small=True), 4, 6).items()}
     with surgeon.Session(path, threads=1) as session, surgeon.Session(path, threads=1, mixed=True) as several:
         for options in ({}, {"beams": 2}):
             alone = [
@@ -171,3 +175,41 @@ def test_a_task_for_each_text_writes_and_reads_as_alone(
         for i, (row, task) in enumerate(zip(rows, tasks, strict=True)):
             wanted = session.run({name: array[i : i + 1] for name, array in fed.items()}, task)["logits"][0]
             np.testing.assert_allclose(row["logits"], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_texts_that_come_at_any_time_are_written_as_alone(
+    lab: Lab, writing: Writing, runs: list[int], kind: str
+) -> None:
+    """Those that come between two steps begin together; while two groups go on, the others wait."""
+    given, tasks = lab.prompts((5, 1, 9, 14, 3, 7, 2)), ["a", "b", None, "b", "a", None, "b"]
+    limits = [3, 20, 9, 1, 12, 5, 17]
+    with surgeon.Session(writing.several(kind), threads=1) as session:
+        asked = list(zip(given, tasks, limits, strict=True))
+        alone = [session.generate([p], t, max_new_tokens=n)[0] for p, t, n in asked]
+        rows = [session.texts.prepare([p], t, max_new_tokens=n)[0] for p, t, n in asked]
+        writer, waiting, going = session.texts.writer(4), list(rows), True
+        while going or waiting:
+            for _ in range(2):
+                if waiting and not writer.full:
+                    writer.take(waiting.pop(0))
+            going = writer.step()
+        assert [row.written for row in rows] == alone
+    assert sum(runs) == sum(limits)
+    assert max(runs) == 2, "a group is of the two that came together"
+
+
+def test_a_text_that_fails_disturbs_no_other(lab: Lab, writing: Writing) -> None:
+    given = lab.prompts((5, 9))
+    with surgeon.Session(writing.several("bart"), threads=1) as session:
+        alone = session.generate(given, ["a", None], max_new_tokens=9)
+        failed: list[tuple[Row, Exception]] = []
+        rows = session.texts.prepare([given[0], [3, 10**6], given[1]], ["a", "b", None], max_new_tokens=9)
+        writer = session.texts.writer(4, lambda row, error: failed.append((row, error)))
+        for row in rows:
+            writer.take(row)
+        while writer.step():
+            pass
+    assert [row.written for row in (rows[0], rows[2])] == alone
+    assert [(row, row.reason) for row, _ in failed] == [(rows[1], "gone")]
+    assert isinstance(failed[0][1], DataError)
