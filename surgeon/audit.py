@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from surgeon.compiler import Compiled
 
 TOLERANCE = 1e-4
+FOLLOWED = 3
+"""Tokens of a decoder's text that follow one by one."""
 SIZES = {"batch": 3, "sequence": 11, "decoder_sequence": 6, "samples": 4100, "frames": 23}
 
 
@@ -91,7 +93,7 @@ def _has_torch() -> bool:
 def difference(compiled: Compiled, session: Session, task: str | None) -> float:
     """The largest difference of PyTorch and ONNX Runtime, relative to the largest output where that is above one.
 
-    Both graphs of a build with the mode `mixed` are run.
+    All graphs are run: those of a build with the mode `mixed`, and those that write texts, whose tokens are given.
     """
     import torch
     from torch.func import functional_call
@@ -110,18 +112,33 @@ def difference(compiled: Compiled, session: Session, task: str | None) -> float:
     for found in _every_graphs(session, inputs, task):
         for name, array in found.items():
             reference = expected[name].detach().float().numpy()
-            if session.manifest.goes_on:
-                reference = reference[:, -1:]
+            if session.manifest.generation is not None:  # they answer for the last tokens
+                reference = reference[:, -array.shape[1] :]
             gaps.append(float(np.abs(array - reference).max()) / max(1.0, float(np.abs(reference).max())))
     return float(np.max(gaps))  # a NaN among them counts, to `max` it would not
 
 
 def _every_graphs(session: Session, inputs: dict[str, Array], task: str | None) -> Iterator[dict[str, Array]]:
-    """A batch of one task by the graph of one, and by that of a task a row where the build has it."""
+    """A batch of one task by the graphs of one, and by those of a task a row where the build has them."""
+    each = [task] * len(next(iter(inputs.values())))
     yield session.run(inputs, task)
     if "mixed" in session.manifest.modes:
-        rows = session.run(inputs, [task] * len(next(iter(inputs.values()))))
+        rows = session.run(inputs, each)
         yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    if session.manifest.generation is not None:
+        prompts, texts = _cut(session.manifest, inputs)
+        yield {"logits": session.texts.follow(prompts, texts, task)}
+        if "mixed" in session.manifest.modes:
+            yield {"logits": session.texts.follow(prompts, texts, each)}
+
+
+def _cut(manifest: Manifest, inputs: dict[str, Array]) -> tuple[list[list[int]], list[list[int]]]:
+    """What is given at once, and what follows token by token."""
+    ids = inputs["input_ids"]
+    if manifest.goes_on:
+        return ids[:, :-FOLLOWED].tolist(), ids[:, -FOLLOWED:].tolist()
+    rows = zip(ids, inputs["attention_mask"], strict=True)
+    return [row[mask == 1].tolist() for row, mask in rows], inputs["decoder_input_ids"][:, 1:].tolist()
 
 
 def inputs_for(manifest: Manifest, vocabulary: int) -> dict[str, Array]:
@@ -141,6 +158,8 @@ def inputs_for(manifest: Manifest, vocabulary: int) -> dict[str, Array]:
             inputs[port.name] = np.full(shape, port.fill, dtype=port.dtype)
         if port.fill == 1 and not manifest.goes_on:
             inputs[port.name][-1, -3:] = 0
+    if manifest.generation is not None and manifest.generation.source is not None:
+        inputs["decoder_input_ids"][:, 0] = manifest.generation.source.start
     return inputs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
+import numpy as np
 from onnxruntime import OrtValue
 
 from surgeon.errors import DataError, SpecError
@@ -22,12 +23,14 @@ from surgeon.runtime.generation import (
     Row,
     Slots,
     TaskPerRowHalves,
+    Together,
     Writer,
     Written,
     ask,
     check_counts,
     check_list,
     choice,
+    follow,
     search,
     write,
 )
@@ -35,6 +38,7 @@ from surgeon.runtime.graphs import Graphs
 from surgeon.runtime.manifest import MIXED_ENCODER, Generation, Manifest
 from surgeon.runtime.reading import Reader
 from surgeon.runtime.table import TaskTable
+from surgeon.runtime.taskfile import Array
 from surgeon.runtime.tasks import RunnableTask
 
 GROUPS = 2
@@ -103,20 +107,41 @@ class Texts:
         """Write rows to their ends, `batch` at a time; without `each` all are of one task."""
         check_counts(batch=batch)
         generation = self._generation
+        if beams is None:
+            for own, together in self._together(rows, each=each, batch=batch):
+                write(own, Writer(together, generation, batch))
+        else:
+            for own, halves in self._halves(rows, each=each):
+                for start in range(0, len(own), batch):
+                    search(own[start : start + batch], halves(), generation, beams)
+        return [row.written for row in rows]
+
+    def follow(self, prompts: Sequence[Prompt], texts: Sequence[Sequence[int]], task: TaskEach = None) -> Array:
+        """The logits `[rows, 1 + tokens, vocabulary]` after each prompt, and after every token of a text that is given
+        to it: what `generate` chooses from where it has written so. Texts are equally long. Raises as `generate`.
+        """
+        lengths = sorted({len(text) for text in texts})
+        if len(texts) != len(prompts) or len(lengths) != 1:
+            raise DataError("texts are equally long, one for every prompt", there_is=f"{len(texts)}, long {lengths}")
+        rows = self.prepare(prompts, task, max_new_tokens=lengths[0] + 1)
+        found: dict[int, Array] = {}
+        for own, together in self._together(rows, each=isinstance(task, list | tuple), batch=len(rows)):
+            numbers = [row.number for row in own]
+            found |= zip(numbers, follow(own, [texts[i] for i in numbers], together), strict=True)
+        return np.stack([found[i] for i in range(len(rows))])
+
+    def _together(self, rows: Sequence[Row], *, each: bool, batch: int) -> Iterator[tuple[Sequence[Row], Together]]:
+        """Rows that may go on together, and how they do."""
+        generation = self._generation
         if generation.source is not None:
             for own, halves in self._halves(rows, each=each):
-                if beams is None:
-                    write(own, Writer(Groups(halves, generation), generation, batch))
-                else:
-                    for start in range(0, len(own), batch):
-                        search(own[start : start + batch], halves(), generation, beams)
+                yield own, Groups(halves, generation)
         elif each or self._graphs.alone:
-            write(rows, Writer(self._several(batch, rows), generation, batch))
+            yield rows, self._several(batch, rows)
         else:
             for own, deltas in _by_task(rows):
                 one = OneTask(self._graphs.single.session, self._manifest, generation, deltas)
-                write(own, Writer(_side_by_side(one, generation, batch, own), generation, batch))
-        return [row.written for row in rows]
+                yield own, _side_by_side(one, generation, batch, own)
 
     def _several(self, batch: int, expected: Sequence[Row] = ()) -> Slots | Aligned:
         """Rows of a decoder, of any tasks."""

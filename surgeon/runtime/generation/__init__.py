@@ -11,7 +11,7 @@ from surgeon.runtime.generation.options import Choice, check_counts, choice
 from surgeon.runtime.generation.rows import Listener, Row, Written
 from surgeon.runtime.generation.searching import search
 from surgeon.runtime.generation.slots import Slots
-from surgeon.runtime.generation.writing import Writer, write
+from surgeon.runtime.generation.writing import Together, Writer, follow, write
 
 __all__ = [
     "Aligned",
@@ -30,6 +30,7 @@ __all__ = [
     "Slots",
     "TaskPerRow",
     "TaskPerRowHalves",
+    "Together",
     "Writer",
     "Written",
     "ask",
@@ -37,6 +38,7 @@ __all__ = [
     "check_counts",
     "check_list",
     "choice",
+    "follow",
     "search",
     "write",
 ]

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
+
 from surgeon.runtime.generation.rows import Row
 from surgeon.runtime.generation.rules import check_finite, ruled
 from surgeon.runtime.manifest import Generation
@@ -109,3 +111,20 @@ def write(rows: Sequence[Row], writer: Writer) -> None:
         while not writer.full and (row := next(waiting, None)) is not None:
             writer.take(row)
         going = writer.step()
+
+
+def follow(rows: Sequence[Row], texts: Sequence[Sequence[int]], together: Together) -> Array:
+    """The logits `[rows, 1 + tokens, vocabulary]` after the prompts, and after every token of texts that are given."""
+    first = [together.read(row) for row in rows]
+    found = [np.stack([logits for logits in first if logits is not None])] if first[0] is not None else []
+    for tokens in zip(*texts, strict=True):
+        found += [] if found else [_stepped(together)]
+        for row, token in zip(rows, tokens, strict=True):
+            row.tokens.append(token)
+        found.append(_stepped(together))
+    return np.stack(found, 1)
+
+
+def _stepped(together: Together) -> Array:
+    together.renew()
+    return together.step()

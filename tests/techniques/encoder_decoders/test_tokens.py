@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,8 +18,11 @@ from torch.func import functional_call
 import surgeon
 from surgeon.audit import audit
 from surgeon.compiler import Compiled
-from surgeon.errors import SpecError
+from surgeon.errors import BuildError, SpecError
 from surgeon.halves import Halves
+from surgeon.runtime.document import seal
+from surgeon.runtime.files import hash_file
+from surgeon.runtime.manifest import DECODER, MANIFEST
 
 if TYPE_CHECKING:
     from techniques.conftest import Lab
@@ -147,8 +153,25 @@ def test_greedy_tokens_are_those_of_generate(lab: Lab, writing: Writing) -> None
     assert [list(row.tokens) for row in session.generate(lab.prompts(), "a", max_new_tokens=writing.long)] == wanted
 
 
-def test_a_build_that_writes_is_verified(writing: Writing) -> None:
-    assert max(t.difference or 0 for t in audit(writing.built("t5").path).tasks) < 1e-4
+def test_the_halves_are_verified(writing: Writing, tmp_path: Path) -> None:
+    build = writing.built("t5").path
+    assert max(t.difference or 0 for t in audit(build).tasks) < 1e-4
+    wrong = Path(shutil.copytree(build, tmp_path / "build"))
+    model = onnx_ir.load(wrong / DECODER)
+    (logits,) = (value for value in model.graph.outputs if value.name == "logits")
+    producer = logits.producer()
+    assert producer is not None
+    other = onnx_ir.node("Neg", [logits])
+    other.outputs[0].name, logits.name = "logits", "turned"
+    other.outputs[0].type, other.outputs[0].shape = logits.type, logits.shape
+    model.graph.insert_after(producer, other)
+    model.graph.outputs[0] = other.outputs[0]
+    (wrong / DECODER).write_bytes(onnx_ir.to_proto(model).SerializeToString())
+    document = json.loads((wrong / MANIFEST).read_text(encoding="utf-8"))
+    document["files"][DECODER] = {"sha256": hash_file(wrong / DECODER), "bytes": (wrong / DECODER).stat().st_size}
+    (wrong / MANIFEST).write_text(json.dumps(seal(document)), encoding="utf-8")
+    with pytest.raises(BuildError, match=r"different answers[\s\S]*the base: [\s\S]*a: "):
+        audit(wrong)
 
 
 @pytest.mark.sweep

@@ -213,3 +213,19 @@ def test_a_text_that_fails_disturbs_no_other(lab: Lab, writing: Writing) -> None
     assert [row.written for row in (rows[0], rows[2])] == alone
     assert [(row, row.reason) for row, _ in failed] == [(rows[1], "gone")]
     assert isinstance(failed[0][1], DataError)
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_given_texts_are_followed_by_every_graph(lab: Lab, writing: Writing, kind: str) -> None:
+    """The logits of a text that was written are those that it was chosen from."""
+    given, tasks = lab.prompts(), ["a", None, "b", "a"]
+    with surgeon.Session(writing.several(kind), threads=1) as session:
+        texts = [list(row.tokens) for row in session.generate(given, tasks, max_new_tokens=6)]
+        found = session.texts.follow(given, texts, tasks)
+        assert found.shape[:2] == (4, 7)
+        assert found[:, :-1].argmax(-1).tolist() == texts
+        for at, task in enumerate(tasks):
+            np.testing.assert_allclose(session.texts.follow([given[at]], [texts[at]], task)[0], found[at], atol=1e-4)
+        for wrong in (texts[:2], [*texts[:3], [3]]):
+            with pytest.raises(DataError, match="texts are equally long, one for every prompt"):
+                session.texts.follow(given, wrong, tasks)
