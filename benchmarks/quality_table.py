@@ -154,6 +154,7 @@ def page(section: Section) -> str:
         "transformers, so `prefix` and `p_tuning_v2` have no peer here. The classifier over virtual tokens (`prompt`, "
         "`p_tuning`) has a rate of its own, ours and the peer's alike (`HEAD_RATES` of benchmarks/recipes.py). Prompts "
         "need more steps than the other techniques (`EPOCHS` there); head-only is shown with as many. Both sides begin "
-        "with one classifier, and with one draw of words for `prompt`; what else is drawn, each draws for itself."
+        "with one classifier, for `prompt` with the same words, and for `p_tuning` with the same tokens and encoder; "
+        "what else is drawn, each draws for itself."
     )
     return f"# Quality\n\nWritten by `make quality`.\n\n{section.markdown()}\n{silent}\n\nNot in the table:\n\n{left}\n"

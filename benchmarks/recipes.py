@@ -31,7 +31,7 @@ RATES = {
 """Learning rates, for ours and the peer's alike. Vectors need larger ones than matrices."""
 HEAD_RATES = {"prompt": 50.0, "p_tuning": 10.0}
 """What the classifier's is times that: virtual tokens need a small one, with which a classifier learns nothing."""
-EPOCHS = {"prompt": 10, "p_tuning_v2": 10}
+EPOCHS = {"prompt": 10, "p_tuning": 10, "p_tuning_v2": 10}
 """What takes longer than the others; head-only is shown with as many."""
 LEFT_OUT = {"fusion": "it needs adapters of other tasks; see `make quality-fusion`"}
 
@@ -106,12 +106,13 @@ def recipes() -> dict[str, Recipe]:
         "drop": (({"adapter": {"placement": "pfeiffer"}}, {"drop": {}}), None, ""),
     }
     names = [*registry.names(), *(["dora"] if "dora" in registry.technique("lora").model_fields else [])]
+    begins = {"prompt": _same_words, "p_tuning": _same_encoder}
     found = {}
     for name in names:
         surgery, peer, by = known.get(name, (({name: {}},), None, ""))
         if name not in LEFT_OUT:
             rate, epochs = RATES.get(name, RATES["lora"]), EPOCHS.get(name)
-            found[name] = Recipe(name, surgery, rate, epochs, peer, by, _same_words if name == "prompt" else None)
+            found[name] = Recipe(name, surgery, rate, epochs, peer, by, begins.get(name))
     return found
 
 
@@ -121,6 +122,17 @@ def _same_words(peer: nn.Module, ours: TaskModel) -> None:
     (prompt,) = (t for t in ours.deployed().values() if t.shape == rows.shape)
     with torch.no_grad():
         rows.copy_(prompt)
+
+
+def _same_encoder(peer: nn.Module, ours: TaskModel) -> None:
+    """Let PEFT's tokens and their encoder be those that ours drew."""
+    parts = {"embedding": "embedding.weight", "lstm": "lstm_head", "mlp": "mlp_head"}
+    with torch.no_grad():
+        for name, value in ours.state_dict().items():
+            if ".p_tuning." in name:
+                kind, *rest = name.split(".p_tuning.")[1].split(".")
+                own = ".".join(["model.prompt_encoder.default", parts[kind], *rest])
+                peer.get_parameter(own).copy_(value)
 
 
 class Peer(nn.Module):

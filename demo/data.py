@@ -201,7 +201,7 @@ def split_rows(rows: list[Row]) -> dict[str, list[Row]]:
 
 def write_csv(path: Path, rows: list[Row]) -> None:
     """Write `text,label` under a temporary name, then rename: a file that is there is whole."""
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     with partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Row._fields)

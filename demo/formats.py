@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ def prepare(data: dict[str, dict[str, Path]], out: Path) -> dict[str, dict[str, 
         for split, size in SIZES.items():
             rows = list(read(task, data[source][split]))[:size]
             path = paths[task][split] = out / f"{task}-{split}.jsonl"
-            partial = path.with_suffix(".partial")
+            partial = path.with_suffix(f".{os.getpid()}.partial")
             partial.write_text("".join(json.dumps(row._asdict()) + "\n" for row in rows), encoding="utf-8")
             partial.replace(path)
     return paths
