@@ -208,7 +208,8 @@ def prefix(options: Options, name: str, left: Tensors, where: str) -> tuple[list
         own = {key.removeprefix(f"{place}."): t for key, t in parts.items() if key.startswith(f"{place}.")}
         stack, count = layers[place]
         keys, values = _pairs(_rows(options, own, where), count, where)
-        pieces.append(Prefix(keys=keys, values=values, shift=False, stack=stack, cross=place == "cross_prefix"))
+        cross = place == "cross_prefix"
+        pieces.append(Prefix(keys=keys, values=values, shift=False, distances="first", stack=stack, cross=cross))
     return pieces, None
 
 

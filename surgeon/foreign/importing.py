@@ -118,7 +118,7 @@ def assemble(
     checkpoints = {task: settle(c, base, program.anatomy) for task, c in checkpoints.items()}
     for checkpoint in checkpoints.values():
         check(checkpoint, base, program.fingerprint, named, ignore_base_name=ignore_base_name)
-    spec = Spec.model_validate(union(checkpoints, base, program.anatomy) | {"base": named})
+    spec = Spec.model_validate(union(checkpoints, base, program) | {"base": named})
     compiled = Compiled(spec, base, run_passes(program, list(passes(spec))))
     return compiled, [fill(compiled, t, c, ignore_base_name=ignore_base_name) for t, c in checkpoints.items()]
 

@@ -50,19 +50,18 @@ def shared(task: Placing, piece: Shared) -> None:
 def prefix(task: Placing, piece: Prefix) -> None:
     """Keys and values in front of those of every layer of a stack."""
     stack = stack_of(task.program.anatomy, piece.stack, task.where)
+    own = [s for s in task.program.anatomy.attentions if s.stack == stack and s.cross == piece.cross]
     for step in steps(task.compiled, "prefix"):
         if step.shift != piece.shift:
             says = f"prefix: {{shift: {str(piece.shift).lower()}}}"
             raise DeltaError("text has other positions behind this prefix", where=task.where, try_=says)
-    if biased(
-        task.program, [s for s in task.program.anatomy.attentions if s.stack == stack and s.cross == piece.cross]
-    ):
-        raise DeltaError(
-            f"the base adds a bias by distance to the scores of {stack}'s attention",
-            where=task.where,
-            there_is="a prefix whose keys have such a bias too where it was trained, and none here",
-            try_="train it again with `prefix`",
-        )
+        if step.distances != piece.distances and biased(task.program, own):
+            raise DeltaError(
+                f"the bias by distance of {stack}'s attention is another at the keys of this prefix",
+                where=task.where,
+                there_is=step.distances,
+                try_=f"prefix: {{distances: {piece.distances}}}",
+            )
     for kind, tensors in (("prefix.key", piece.keys), ("prefix.value", piece.values)):
         cross = "cross_attention" if piece.cross else "attention"
         found = {d.layer: d for d in task.deltas(kind) if d.stack == stack and d.role == cross}

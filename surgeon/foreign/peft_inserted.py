@@ -27,8 +27,9 @@ def prefix(task: Writer, technique: str) -> Written:
         raise DeltaError("PEFT runs a prefix under decoders and bare encoders only", there_is=[*anatomy.layers])
     if not all(step.shift for step in steps(task.compiled, technique)):
         raise DeltaError("PEFT moves the text's positions up by the prefix, and this build does not")
-    if biased(program, anatomy.attentions):
-        raise DeltaError("the base adds a bias by distance to its scores: under PEFT the prefix has one, and here none")
+    counted = all(step.distances == "before" for step in steps(task.compiled, technique))
+    if not counted and biased(program, anatomy.attentions):
+        raise DeltaError("the base adds a bias by distance to its scores, and under PEFT the prefix has one as well")
     (layers,) = anatomy.layers.values()
     slots = []
     for layer in range(layers):

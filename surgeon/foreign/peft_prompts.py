@@ -21,12 +21,12 @@ def prefix(options: Options, left: Tensors, where: str) -> tuple[list[Piece], No
     slots = rows.reshape(len(rows), layers, 2, width)
     keys, values = (slots[:, :, i].unbind(1) for i in (0, 1))
     if sets == 1:
-        return [Prefix(keys=keys, values=values, shift=True)], None
+        return [Prefix(keys=keys, values=values, shift=True, distances="before")], None
     # Of two stacks PEFT repeats the rows and deals out four slots a layer, two of which are for cross-attention and are
     # dropped: the decoder's layer i reads pair 2i modulo L, and the encoder has no prefix.
     own = [2 * i % layers for i in range(layers)]
-    dealt = Prefix(keys=tuple(keys[i] for i in own), values=tuple(values[i] for i in own), shift=True, stack="decoder")
-    return [dealt], None
+    keys, values = (tuple(slots[i] for i in own) for slots in (keys, values))
+    return [Prefix(keys=keys, values=values, shift=True, distances="before", stack="decoder")], None
 
 
 def prompt(options: Options, left: Tensors, where: str) -> tuple[list[Piece], None]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from surgeon.passes.distances import Distances
 from surgeon.spec import HeadName
 
 
@@ -71,12 +72,14 @@ class Same:
 class Prefix:
     """Keys and values in front of the real ones, `[n, kv heads · head dim]` a layer.
 
-    Without `stack` the base has one stack only. `shift` says that the text's positions move up by n.
+    Without `stack` the base has one stack only. `shift` says that the text's positions move up by n, `distances` what
+    a bias by distance is at the prefix where the base has one.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     shift: bool
+    distances: Distances
     stack: str | None = None
     cross: bool = False
 

@@ -15,6 +15,8 @@ from surgeon.base import Base
 from surgeon.errors import DeltaError, SpecError
 from surgeon.foreign.pieces import Bottleneck, Checkpoint, Fused, Piece, Prefix, Product, Prompt, Scaling, Shared, Whole
 from surgeon.foreign.sites import form, join_at, module_names, projections, stack_of
+from surgeon.passes.columns import biased
+from surgeon.program import Program
 
 S = TypeVar("S", bound=Site)
 P = TypeVar("P", bound=Piece)
@@ -22,9 +24,9 @@ P = TypeVar("P", bound=Piece)
 HEAD = ("head.out", "head.dense")
 
 
-def union(checkpoints: Mapping[str, Checkpoint], base: Base, anatomy: Anatomy) -> dict[str, Any]:
+def union(checkpoints: Mapping[str, Checkpoint], base: Base, program: Program) -> dict[str, Any]:
     """`surgery` and `tasks` of a spec for these checkpoints. Raises SpecError where no graph holds them all."""
-    view = _View(checkpoints, base, anatomy)
+    view = _View(checkpoints, base, program)
     inserted = (view.prompt(), view.prefix(), *view.lora(), view.vera(), view.ia3(), view.adapter(), view.fusion())
     steps = (*inserted, *view.parameters(), view.head())
     return {"surgery": [step for step in steps if step], "tasks": {task: view.task(task) for task in checkpoints}}
@@ -33,10 +35,11 @@ def union(checkpoints: Mapping[str, Checkpoint], base: Base, anatomy: Anatomy) -
 class _View:
     """What several checkpoints need of one base."""
 
-    def __init__(self, checkpoints: Mapping[str, Checkpoint], base: Base, anatomy: Anatomy) -> None:
+    def __init__(self, checkpoints: Mapping[str, Checkpoint], base: Base, program: Program) -> None:
         self.checkpoints = checkpoints
         self.base = base
-        self.anatomy = anatomy
+        self.program = program
+        self.anatomy = program.anatomy
 
     def pieces(self, kind: type[P]) -> Iterator[tuple[P, str]]:
         """Every piece of a kind, with the folder it comes from."""
@@ -69,7 +72,9 @@ class _View:
             for site in self.anatomy.attentions
             if site.stack == stack_of(self.anatomy, piece.stack, where) and site.cross == piece.cross
         ]
-        options = {"length": max(len(p.keys[0]) for p, _ in found), "shift": found[0][0].shift}
+        options: dict[str, Any] = {"length": max(len(p.keys[0]) for p, _ in found), "shift": found[0][0].shift}
+        if biased(self.program, sites):
+            options["distances"] = found[0][0].distances
         return {"prefix": {**options, "where": self.where(sites, Attention)}}
 
     def lora(self) -> Iterator[dict[str, Any]]:

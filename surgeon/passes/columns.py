@@ -6,7 +6,8 @@ several lengths share a batch, the columns that a task does not have are closed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +18,7 @@ from surgeon.errors import CompositionError, InvariantError
 from surgeon.ledger import Delta
 from surgeon.program import Program
 
+NONE: Mapping[fx.Node, bool] = MappingProxyType({})
 HIDDEN = -1e4
 """Whatever is below it hides a key from a query."""
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
@@ -29,15 +31,23 @@ Columns = tuple[float, float]
 Extend = Callable[[fx.Node, fx.Node, Columns], None]
 
 
-def open_columns(program: Program, sites: Sequence[Attention], prefix: Delta) -> None:
-    """Extend the masks and biases of `sites` by the length of `prefix`, each distinct one once."""
+def open_columns(
+    program: Program, sites: Sequence[Attention], prefix: Delta, grown: Mapping[fx.Node, bool] = NONE
+) -> None:
+    """Extend the masks and biases of `sites` by the length of `prefix`, each distinct one once; but not those that have
+    `grown` already, of which some close the columns that a task does not have.
+    """
     live = program.live(prefix, -2)
     extended: dict[tuple[fx.Node, Columns], fx.Node] = {}
 
     def extend(reader: fx.Node, operand: fx.Node, columns: Columns) -> None:
+        if operand in grown:
+            if reader.target is SDPA and not grown[operand]:
+                reader.replace_input_with(operand, program.insert(closed, [operand, live], before=reader))
+            return
         if (operand, columns) not in extended:
             now = program.current(operand)
-            extended[operand, columns] = program.insert(_widened(*columns), [now, live], before=reader)
+            extended[operand, columns] = program.insert(widened(*columns), [now, live], before=reader)
         reader.replace_input_with(operand, extended[operand, columns])
 
     _refuse_sums(program, sites)
@@ -45,7 +55,7 @@ def open_columns(program: Program, sites: Sequence[Attention], prefix: Delta) ->
         if site.core.target is SDPA:
             _open_fused(program, site.core, live, extend)
         else:
-            _open_spelled_out(program, site, live, extend)
+            _open_spelled_out(program, site, live, extend, grown)
 
 
 def _refuse_sums(program: Program, sites: Sequence[Attention]) -> None:
@@ -77,12 +87,12 @@ def biased(program: Program, sites: Sequence[Attention]) -> bool:
 
     Told by value, for a text without padding: a mask then adds nothing, or hides.
     """
-    met = list(dict.fromkeys(term for site in sites for term in _terms(site)))
+    met = list(dict.fromkeys(term for site in sites for term in terms(site)))
     text = {"input_ids": torch.arange(3, 11).unsqueeze(0)}
     return any(bool(((t != 0) & (t > HIDDEN)).any()) for t in (program.evaluate(met, text) if met else ()))
 
 
-def _terms(site: Attention) -> list[fx.Node]:
+def terms(site: Attention) -> list[fx.Node]:
     """What is added to the scores of an attention."""
     core = site.core
     if core.target is SDPA:
@@ -93,7 +103,7 @@ def _terms(site: Attention) -> list[fx.Node]:
     return [n for n in found if isinstance(v := n.meta.get("val"), Tensor) and v.dim() > 0 and v.is_floating_point()]
 
 
-def _widened(opened: float, closed: float) -> Callable[[Tensor, Tensor], Tensor]:
+def widened(opened: float, closed: float) -> Callable[[Tensor, Tensor], Tensor]:
     def widened(mask: Tensor, live: Tensor) -> Tensor:
         if mask.dtype == torch.bool:
             front = live > 0 if opened else live <= 0
@@ -132,31 +142,33 @@ def _all(query: Tensor, key: Tensor, live: Tensor) -> Tensor:
     return torch.cat([(live > 0).expand(rows, -1), seen], -1)
 
 
-def _closed(scores: Tensor, live: Tensor) -> Tensor:
+def closed(scores: Tensor, live: Tensor) -> Tensor:
     front = ((1 - live) * torch.finfo(scores.dtype).min).to(scores.dtype)
     return scores + torch.nn.functional.pad(front, (0, scores.shape[-1] - live.shape[-1]))
 
 
-def _open_spelled_out(program: Program, site: Attention, live: fx.Node, extend: Extend) -> None:
+def _open_spelled_out(
+    program: Program, site: Attention, live: fx.Node, extend: Extend, grown: Mapping[fx.Node, bool]
+) -> None:
     """Walk from the score product to the softmax and widen every operand that has the key axis, and every view."""
     keys = site.scores.meta["val"].shape[-1]
     path = {site.scores} | (descendants(site.scores) & ancestors(site.mixed))
     for node in path - {site.scores, site.mixed}:
         _free_size(program, node, keys)
-    closes = False
+    closes = any(grown.get(n, False) for node in path for n in node.all_input_nodes)
     for node in sorted(path - {site.core, site.mixed}):
         for operand in list(node.all_input_nodes):
             value = operand.meta.get("val")
             if operand in path or not isinstance(value, Tensor) or value.dim() == 0:
                 continue
             if value.shape[-1] == keys and _meets_columns(node, operand, site):
-                columns = _neutral(node, operand)
+                columns = neutral(node, operand)
                 closes = closes or value.dtype == torch.bool or columns[1] != 0.0
                 extend(node, operand, columns)
     if not closes:
         if str(keys).isdigit():  # of an image: the number of keys is written into the body, and it has grown
             program.propagate(descendants(site.key) & ancestors(site.scores))
-        program.replace(site.scores, _closed, also=(live,))
+        program.replace(site.scores, closed, also=(live,))
 
 
 def _meets_columns(node: fx.Node, operand: fx.Node, site: Attention) -> bool:
@@ -165,7 +177,7 @@ def _meets_columns(node: fx.Node, operand: fx.Node, site: Attention) -> bool:
     return node is not site.scores or bias
 
 
-def _neutral(node: fx.Node, operand: fx.Node) -> Columns:
+def neutral(node: fx.Node, operand: fx.Node) -> Columns:
     """What leaves a score as it is at `node`, and (in units of the largest number) what closes it."""
     name = _name(node).rstrip("_")
     if node.target is torch.ops.aten.baddbmm.default or name in ("add", "sub"):
@@ -175,7 +187,7 @@ def _neutral(node: fx.Node, operand: fx.Node) -> Columns:
     if name == "masked_fill":
         return 0.0, 0.0
     if name == "expand_as" and node.args[0] is operand:  # what it is neutral to is its reader
-        return _neutral(next(iter(node.users)), node)
+        return neutral(next(iter(node.users)), node)
     if name == "where" and node.args[0] is operand:
         return (1.0 if node.args[1] in node.all_input_nodes and _is_scores(node, 1) else 0.0), 0.0
     raise InvariantError(

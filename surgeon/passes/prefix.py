@@ -15,13 +15,14 @@ from typing import ClassVar, Literal, Self
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
-from torch import Tensor
+from torch import Tensor, fx
 
 from surgeon.anatomy import Attention, Where, select
 from surgeon.errors import CompositionError
 from surgeon.ledger import Delta
 from surgeon.passes import Pass, PassResult
 from surgeon.passes.columns import open_columns
+from surgeon.passes.distances import Distances, count_distances
 from surgeon.passes.positions import shift_positions
 from surgeon.program import Program
 from surgeon.starts import Init, kaiming_uniform, normal, value, zeros
@@ -50,6 +51,11 @@ class Prefix(Pass):
         "", description="With `start: words`, what the base reads for them; repeated or cut to the length."
     )
     shift: bool = Field(True, description="Move the text's positions up by the prefix length.")
+    distances: Distances = Field(
+        "none",
+        description="What a bias by distance (T5) is at the prefix: `none`; `before`, as if it stood before the text "
+        "(PEFT); `first`, as if the text's keys stood behind it and its queries did not (AdapterHub).",
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the prefix, in training only.")
     where: Where | None = Field(
         None, description="Attentions with a prefix; unset it is all: encoder, decoder and cross-attention."
@@ -67,15 +73,22 @@ class Prefix(Pass):
         sites = program.anatomy.attentions if self.where is None else select(program.anatomy, self.where, Attention)
         if not sites:
             select(program.anatomy, self.where or ("attention",), Attention)
+        counted = False
         kind: Callable[[Attention], tuple[str, bool]] = lambda s: (s.stack, s.cross)  # noqa: E731
         for (stack, cross), group in groupby(sorted(sites, key=kind), kind):
             place = stack + (".cross" if cross else "")
             first = self._is_first(program, place)
-            pairs = self._attach(program, list(group), place)
+            pairs, grown = self._attach(program, list(group), place)
+            counted = counted or bool(grown)
             if self.shift and first and not cross:
                 shift_positions(program, stack, pairs[0][0])
                 of_decoder = stack == "decoder" and any(i.name == "decoder_input_ids" for i in program.inputs)
                 program.occupy(pairs[0][0].free[1], "decoder_sequence" if of_decoder else "sequence")
+        if self.distances != "none" and not counted:
+            raise CompositionError(
+                f"{self.name}.distances: no bias of this base is looked up by the keys' numbers less the queries'",
+                try_="leave `distances` out",
+            )
         return PassResult(program, modified=True)
 
     def _is_first(self, program: Program, group: str) -> bool:
@@ -88,7 +101,10 @@ class Prefix(Pass):
             )
         return not before
 
-    def _attach(self, program: Program, sites: list[Attention], group: str) -> list[tuple[Delta, Delta]]:
+    def _attach(
+        self, program: Program, sites: list[Attention], group: str
+    ) -> tuple[list[tuple[Delta, Delta]], dict[fx.Node, bool]]:
+        """Keys and values of every attention, and the biases by distance that count them."""
         symbol = f"=prefix.length.{group}"
         init: Init | None = normal(self.std) if self.hidden is None else None
         shared = len({site.path for site in sites}) < len(sites)
@@ -118,10 +134,11 @@ class Prefix(Pass):
             program.replace_operand(program.readers(site.key, site.scores), site.key, joined, (key,))
             program.replace_operand([site.mixed], site.value, joined, (value,))
             pairs.append((key, value))
-        open_columns(program, sites, pairs[0][0])
+        grown = {} if self.distances == "none" else count_distances(program, sites, pairs[0][0], self.distances)
+        open_columns(program, sites, pairs[0][0], grown)
         if self.hidden is not None:
             self._reparametrise(program, sites, pairs, group)
-        return pairs
+        return pairs, grown
 
     def _of_words(self, program: Program, sites: list[Attention]) -> dict[tuple[Attention, str], Init]:
         """Keys and values `[kv heads, n, d]` that the base computes where it reads the words (section 7.4)."""

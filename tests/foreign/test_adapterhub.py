@@ -16,7 +16,7 @@ from surgeon.foreign import import_build
 from surgeon.foreign.importing import read
 
 FIXTURES = Path(__file__).parent / "fixtures"
-REFUSED = ("llama-ia3", "llama-par_bn", "t5-prefix")
+REFUSED = ("llama-ia3", "llama-par_bn")
 CASES = sorted(p.name for p in FIXTURES.iterdir() if "-" in p.name and p.name not in REFUSED)
 HEADS = {"bert": "sequence-classification", "t5": "seq2seq-lm", "bart": "seq2seq-lm"}
 FED = ("input_ids", "attention_mask", "decoder_input_ids")
@@ -64,7 +64,7 @@ def test_folders_of_both_libraries_are_one_build(compare, tmp_path):
             assert compare.gap(compare.said(session, case, asked(oracle)), oracle["logits"].numpy()) <= 1e-5
 
 
-@pytest.mark.parametrize("case", ["bert-compacter", "gpt2-fusion"])
+@pytest.mark.parametrize("case", ["bert-compacter", "gpt2-fusion", "t5-prefix"])
 def test_an_adapter_with_a_build_of_its_own_answers_on_onnx_runtime(case, compare, tmp_path):
     oracle = load_file(FIXTURES / case / "oracle.safetensors")
     import_build({"a": FIXTURES / case}, str(base_of(case)[0]), tmp_path / "build")
@@ -78,11 +78,6 @@ def test_an_adapter_with_a_build_of_its_own_answers_on_onnx_runtime(case, compar
 def test_ia3_behind_the_feed_forward_is_not_the_papers(foundry):
     with pytest.raises(SpecError, match=r"output of decoder/ffn\.down@0"):
         foundry.compile(*base_of("llama-ia3"), a=FIXTURES / "llama-ia3")
-
-
-def test_a_prefix_whose_keys_have_a_bias_by_distance_is_refused(foundry):
-    with pytest.raises(DeltaError, match="bias by distance"):
-        foundry.compile(*base_of("t5-prefix"), a=FIXTURES / "t5-prefix")
 
 
 def test_encoder_decoders_answer_on_onnx_runtime(compare, tmp_path):

@@ -81,6 +81,7 @@ CASES = {
     "prefix_llama": ("llama", CAUSAL, PrefixTuningConfig, {"num_virtual_tokens": 5}),
     "prefix_gpt2_mlp": ("gpt2", CAUSAL, PrefixTuningConfig, {"num_virtual_tokens": 5, "prefix_projection": True}),
     "prefix_bert": ("bert", BARE, PrefixTuningConfig, {"num_virtual_tokens": 5}),
+    "prefix_t5": ("t5", SEQ2SEQ, PrefixTuningConfig, {"num_virtual_tokens": 5}),
     "prefix_bart": ("bart", SEQ2SEQ, PrefixTuningConfig, {"num_virtual_tokens": 5, "prefix_projection": True}),
     "prompt_gpt2": ("gpt2", CAUSAL, PromptTuningConfig, {"num_virtual_tokens": 5}),
     "prompt_bert": ("bert", CLASSIFIER, PromptTuningConfig, {"num_virtual_tokens": 5}),

@@ -227,15 +227,18 @@ def test_row_12_the_copy_of_a_tied_table_tells_another_base(foundry, tmp_path):
         foundry.compile(base, CAUSAL, a=foreign.path)
 
 
-def test_a_prefix_whose_keys_have_a_bias_by_distance_is_refused(foundry, tmp_path):
-    """PEFT's T5 counts the virtual tokens among the distances, and our columns have no bias."""
+@pytest.mark.parametrize("build", ["none", "first"])
+def test_a_prefix_over_a_bias_by_distance_needs_a_build_that_counts_as_peft(build, foundry, tmp_path):
+    """PEFT's T5 has the virtual tokens stand before the text."""
     from peft import PrefixTuningConfig
 
     base = foundry.base("t5", "seq2seq-lm")
     config = PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3)
     foreign = foundry.peft(base, "seq2seq-lm", config, tmp_path / "t5")
-    with pytest.raises(DeltaError, match="bias by distance"):
-        foundry.compile(base, "seq2seq-lm", a=foreign.path)
+    surgery = [{"prefix": {"where": "decoder/attention", "distances": build}}]
+    compiled = foundry.operate(base, "seq2seq-lm", {"surgery": surgery, "tasks": {"a": {}}})
+    with pytest.raises(DeltaError, match="distances: before"):
+        foundry.fill(compiled, "a", foreign.path)
 
 
 @pytest.mark.parametrize("method", ["OFT", "BOFT", "LOHA", "C3A"])

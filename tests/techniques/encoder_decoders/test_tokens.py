@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,16 @@ WIDE: dict[str, list[dict[str, Any]]] = {
     "vera": [{"vera": {"rank": 8}}, {"p_tuning_v2": {}}],
     "full": [{"full": {}}],
 }
-OTHER_SIZES = {"lora": {"rank": 3}, "prefix": {"length": 5}, "ia3": {"length": 5}, "norms": {"bottleneck": 6}}
+COUNTED: dict[str, list[dict[str, Any]]] = {
+    distances: [{"prefix": {"length": 3, "distances": distances}}] for distances in ("before", "first")
+}
+CASES = [*product(["t5", "bart"], WIDE), *product(["t5"], COUNTED)]
+OTHER_SIZES = {
+    "lora": {"rank": 3},
+    **{technique: {"length": 5} for technique in ("prefix", *COUNTED)},
+    "ia3": {"length": 5},
+    "norms": {"bottleneck": 6},
+}
 
 
 def uncached(model: nn.Module, source: Sequence[int], count: int) -> list[int]:
@@ -73,24 +83,23 @@ def test_every_token_is_pytorchs(lab: Lab, writing: Writing, kind: str) -> None:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("technique", WIDE)
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize(("kind", "technique"), CASES)
 def test_every_token_is_pytorchs_with_every_technique(
     lab: Lab, writing: Writing, tmp_path: Path, kind: str, technique: str
 ) -> None:
-    made = lab.writers(writing.base(kind), WIDE[technique])
+    made = lab.writers(writing.base(kind), (WIDE | COUNTED)[technique])
     with surgeon.Session(made.save(tmp_path / "build"), threads=1) as session:
         check_tokens(lab, writing, made, session)
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("technique", WIDE)
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize(
+    ("kind", "technique"), [pytest.param(*case, marks=[pytest.mark.sweep] * (case[1] != "first")) for case in CASES]
+)
 def test_rows_of_several_tasks_go_on_together_as_alone(
     lab: Lab, writing: Writing, tmp_path: Path, kind: str, technique: str
 ) -> None:
     """Of other ranks, lengths and widths where a technique has such."""
-    made = lab.writers(writing.base(kind), WIDE[technique], ("switch", "mixed"))
+    made = lab.writers(writing.base(kind), (WIDE | COUNTED)[technique], ("switch", "mixed"))
     if technique in OTHER_SIZES:
         lab.resize(made.model("b"), **OTHER_SIZES[technique])
     given, tasks = lab.prompts(), ["b", "a", None, "b"]
