@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from surgeon.anatomy import Attention, select
 from surgeon.errors import DeltaError
 from surgeon.foreign.meaning import steps, times
 from surgeon.foreign.pieces import Bottleneck, Fused, Prefix, Prompt, Shared
@@ -52,6 +53,8 @@ def prefix(task: Placing, piece: Prefix) -> None:
     stack = stack_of(task.program.anatomy, piece.stack, task.where)
     own = [s for s in task.program.anatomy.attentions if s.stack == stack and s.cross == piece.cross]
     for step in steps(task.compiled, "prefix"):
+        if step.where is not None and set(own).isdisjoint(select(task.program.anatomy, step.where, Attention)):
+            continue
         if step.shift != piece.shift:
             says = f"prefix: {{shift: {str(piece.shift).lower()}}}"
             raise DeltaError("text has other positions behind this prefix", where=task.where, try_=says)

@@ -16,6 +16,7 @@ from surgeon.errors import DeltaError, SpecError
 from surgeon.foreign.pieces import Bottleneck, Checkpoint, Fused, Piece, Prefix, Product, Prompt, Scaling, Shared, Whole
 from surgeon.foreign.sites import form, join_at, module_names, projections, stack_of
 from surgeon.passes.columns import biased
+from surgeon.passes.distances import countable
 from surgeon.program import Program
 
 S = TypeVar("S", bound=Site)
@@ -74,6 +75,13 @@ class _View:
         ]
         options: dict[str, Any] = {"length": max(len(p.keys[0]) for p, _ in found), "shift": found[0][0].shift}
         if biased(self.program, sites):
+            if not countable(sites):
+                raise DeltaError(
+                    "the base adds a bias by distance to its scores, which is looked up in no table",
+                    where=found[0][1],
+                    there_is="a prefix whose keys have such a bias too where it was trained, and none here",
+                    try_="train it again with `prefix`",
+                )
             options["distances"] = found[0][0].distances
         return {"prefix": {**options, "where": self.where(sites, Attention)}}
 

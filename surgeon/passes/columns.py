@@ -41,13 +41,11 @@ def open_columns(
     extended: dict[tuple[fx.Node, Columns], fx.Node] = {}
 
     def extend(reader: fx.Node, operand: fx.Node, columns: Columns) -> None:
-        if operand in grown:
-            if reader.target is SDPA and not grown[operand]:
-                reader.replace_input_with(operand, program.insert(closed, [operand, live], before=reader))
+        if operand in grown and (grown[operand] or reader.target is not SDPA):
             return
         if (operand, columns) not in extended:
-            now = program.current(operand)
-            extended[operand, columns] = program.insert(widened(*columns), [now, live], before=reader)
+            wide = closed if operand in grown else widened(*columns)
+            extended[operand, columns] = program.insert(wide, [program.current(operand), live], before=reader)
         reader.replace_input_with(operand, extended[operand, columns])
 
     _refuse_sums(program, sites)
@@ -83,7 +81,7 @@ def _refuse_sums(program: Program, sites: Sequence[Attention]) -> None:
 
 
 def biased(program: Program, sites: Sequence[Attention]) -> bool:
-    """Whether scores meet a bias beside the mask, such as one by distance. The columns of a prefix have none.
+    """Whether scores meet a bias beside the mask, such as one by distance.
 
     Told by value, for a text without padding: a mask then adds nothing, or hides.
     """

@@ -124,6 +124,8 @@ class Texts:
         if len(texts) != len(prompts) or len(lengths) != 1:
             raise DataError("texts are equally long, one for every prompt", there_is=f"{len(texts)}, long {lengths}")
         rows = self.prepare(prompts, task, max_new_tokens=lengths[0] + 1)
+        if short := [row for row in rows if row.limit <= lengths[0]]:
+            raise DataError(f"the base has positions for {short[0].limit - 1} tokens behind prompt {short[0].number}")
         found: dict[int, Array] = {}
         for own, together in self._together(rows, each=isinstance(task, list | tuple), batch=len(rows)):
             numbers = [row.number for row in own]

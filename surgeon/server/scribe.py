@@ -78,7 +78,11 @@ class Scribe:
 
     def _write(self) -> None:
         """Until nobody waits."""
-        writer = self._session.texts.writer(self._batch, self._failed)
+        try:
+            writer = self._session.texts.writer(self._batch, self._failed)
+        except Exception as error:  # its graphs may be opened now; whoever comes next tries again
+            self._fail_waiting(error)
+            return
         going = True
         while going or self._waiting:
             self._let_in(writer)
@@ -116,6 +120,13 @@ class Scribe:
                 order.tell([row.written for row in order.rows])
                 for row in order.rows:
                     self._orders.pop(row, None)
+
+    def _fail_waiting(self, error: Exception) -> None:
+        with self._changed:
+            waiting = {order for _, order in self._waiting}
+            self._waiting.clear()
+        for order in waiting:
+            order.fail(error)
 
     def _fail_all(self, error: Exception) -> None:
         for order in set(self._orders.values()):

@@ -241,6 +241,20 @@ def test_a_prefix_over_a_bias_by_distance_needs_a_build_that_counts_as_peft(buil
         foundry.fill(compiled, "a", foreign.path)
 
 
+def test_a_prefix_over_a_bias_that_no_table_holds_is_refused(foundry, tmp_path):
+    """Bloom's is a slope."""
+    from peft import PrefixTuningConfig
+    from transformers import BloomConfig, BloomForCausalLM
+
+    BloomForCausalLM(BloomConfig(vocab_size=100, hidden_size=32, n_layer=2, n_head=4)).save_pretrained(
+        tmp_path / "base"
+    )
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    foreign = foundry.peft(tmp_path / "base", CAUSAL, config, tmp_path / "bloom")
+    with pytest.raises(DeltaError, match="bias by distance to its scores, which is looked up in no table"):
+        foundry.compile(tmp_path / "base", CAUSAL, a=foreign.path)
+
+
 @pytest.mark.parametrize("method", ["OFT", "BOFT", "LOHA", "C3A"])
 def test_a_method_that_no_technique_has_is_refused_with_a_way_out(method, foundry, tmp_path):
     import peft

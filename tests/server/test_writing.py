@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import surgeon
 from surgeon.runtime.document import seal
+from surgeon.runtime.manifest import MIXED_DECODER
 from surgeon.runtime.taskfile import SUFFIX
 from surgeon.server.limits import Limits
 from tests.server.conftest import Live, write_task
@@ -224,6 +225,20 @@ def test_a_stop_writes_what_was_taken_in(live: Live, serving: Callable[..., Any]
             ):
                 time.sleep(0.001)
         assert [future.result().json["choices"][0]["text"] for future in waiting] == [right] * 4
+
+
+def test_a_graph_that_cannot_be_opened_fails_those_who_ask_and_nobody_later(
+    built: Callable[[str], Path], tmp_path: Path, serving: Callable[..., Any]
+) -> None:
+    build = Path(shutil.copytree(built("bart"), tmp_path / "build"))
+    asked = {"model": "a", "prompt": "w5", "max_tokens": 2}
+    with serving(build, Limits(deadline=20)) as server:
+        (build / MIXED_DECODER).rename(tmp_path / MIXED_DECODER)
+        for _ in range(2):
+            reply = server.call("POST", "/v1/completions", asked)
+            assert (reply.status, MIXED_DECODER in reply.json["error"]["message"]) == (500, True), reply.body
+        (tmp_path / MIXED_DECODER).rename(build / MIXED_DECODER)
+        assert server.call("POST", "/v1/completions", asked).status == 200
 
 
 def test_a_stream_that_nobody_reads_ends(live: Live, client: openai.OpenAI) -> None:

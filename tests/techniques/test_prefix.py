@@ -179,6 +179,14 @@ def test_where_no_bias_counts_distances_none_counts_a_prefix(kind, lab):
         lab.operate(lab.base(kind), {"prefix": {"distances": "before"}})
 
 
+def test_layers_that_share_a_bias_count_one_prefix_or_none(lab):
+    with pytest.raises(CompositionError, match="encoder/attention@1 adds the same bias by distance as encoder/attent"):
+        lab.operate(lab.base("t5"), {"prefix": {"distances": "before", "where": "encoder/attention@0"}})
+    halves = [{"prefix": {"distances": d, "where": f"encoder/attention@{i}"}} for i, d in enumerate(("none", "first"))]
+    with pytest.raises(CompositionError, match="encoder/attention@0 adds the same bias by distance"):
+        lab.operate(lab.base("t5"), *halves)
+
+
 def test_two_items_of_one_stack_share_their_length_and_shift_positions_once(lab):
     model = lab.base("gpt2")
     items = [{"prefix": {"length": N, "where": f"attention@{layer}"}} for layer in (0, 1)]

@@ -2,7 +2,8 @@
 
 A prompt is read alone and without padding, so its neighbours change nothing in it, nor do virtual tokens that a task
 puts anywhere. How rows stand together is for others to say: with a slot each in one buffer (`slots`), with their ends
-aligned (`aligned`), or in groups that begin together (`groups`). A row that ends gives its place to the next prompt.
+aligned (`aligned`), or in groups that begin together (`groups`). A row that ends gives its place to the next prompt, in
+groups when one has ended.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ class Together(Protocol):
 
 
 class Writer:
-    """At most `batch` rows that go on together; others may come in whenever one has ended.
+    """At most `batch` rows that go on together; others may come in when one has ended, as `together` is ready for them.
 
     `failed` hears of a row that cannot go on, or whose listener raises: it ends, and the others go on. Without, the
-    error ends them all.
+    error ends them all, as one of a step does.
     """
 
     def __init__(
@@ -115,10 +116,9 @@ def write(rows: Sequence[Row], writer: Writer) -> None:
 
 def follow(rows: Sequence[Row], texts: Sequence[Sequence[int]], together: Together) -> Array:
     """The logits `[rows, 1 + tokens, vocabulary]` after the prompts, and after every token of texts that are given."""
-    first = [together.read(row) for row in rows]
-    found = [np.stack([logits for logits in first if logits is not None])] if first[0] is not None else []
+    first = [logits for row in rows if (logits := together.read(row)) is not None]
+    found = [np.stack(first) if first else _stepped(together)]
     for tokens in zip(*texts, strict=True):
-        found += [] if found else [_stepped(together)]
         for row, token in zip(rows, tokens, strict=True):
             row.tokens.append(token)
         found.append(_stepped(together))

@@ -226,6 +226,9 @@ def test_given_texts_are_followed_by_every_graph(lab: Lab, writing: Writing, kin
         assert found[:, :-1].argmax(-1).tolist() == texts
         for at, task in enumerate(tasks):
             np.testing.assert_allclose(session.texts.follow([given[at]], [texts[at]], task)[0], found[at], atol=1e-4)
+        assert session.texts.follow(given, [[]] * 4, tasks).shape[:2] == (4, 1)
         for wrong in (texts[:2], [*texts[:3], [3]]):
             with pytest.raises(DataError, match="texts are equally long, one for every prompt"):
                 session.texts.follow(given, wrong, tasks)
+        with pytest.raises(DataError, match=r"the base has positions for \d+ tokens behind prompt 0"):
+            session.texts.follow(given, [[3] * 500] * 4, tasks)
