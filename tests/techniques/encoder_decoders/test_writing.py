@@ -230,5 +230,6 @@ def test_given_texts_are_followed_by_every_graph(lab: Lab, writing: Writing, kin
         for wrong in (texts[:2], [*texts[:3], [3]]):
             with pytest.raises(DataError, match="texts are equally long, one for every prompt"):
                 session.texts.follow(given, wrong, tasks)
-        with pytest.raises(DataError, match=r"the base has positions for \d+ tokens behind prompt 0"):
-            session.texts.follow(given, [[3] * 500] * 4, tasks)
+        if kind == "bart":  # T5 counts no positions
+            with pytest.raises(DataError, match=r"the base has positions for \d+ tokens behind prompt 0"):
+                session.texts.follow(given, [[3] * 500] * 4, tasks)
