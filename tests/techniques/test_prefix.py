@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, MPNetConfig, MPNetForMaskedLM
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import eager_mask
 
 from surgeon.errors import CompositionError, SpecError
@@ -161,32 +161,6 @@ def test_a_prefix_of_no_tokens_is_the_base_exactly(kind, lab):
     assert torch.equal(ours(**fed).logits, model(**fed).logits)
 
 
-@pytest.mark.parametrize("distances", ["before", "first"])
-def test_a_bias_by_distance_counts_a_prefix_of_no_tokens_as_none(distances, lab):
-    """What one of some tokens comes to, PEFT and AdapterHub say where their folders are read."""
-    model = lab.base("t5")
-    ours = lab.operate(model, {"prefix": {**PREFIX["prefix"], "distances": distances}}).model("a")
-    fed, none = lab.feed(model, 3, 9, pad=2), lab.operate(model, PREFIX).model("a")
-    none.load_state_dict(ours.state_dict())
-    assert lab.gap(ours(**fed).logits, none(**fed).logits) > 1e-3
-    ours.load_state_dict({name: tensor[:, :0] for name, tensor in ours.state_dict().items()})
-    assert torch.equal(ours(**fed).logits, model(**fed).logits)
-
-
-@pytest.mark.parametrize("kind", ["bert", "bart", "llama"])
-def test_where_no_bias_counts_distances_none_counts_a_prefix(kind, lab):
-    with pytest.raises(CompositionError, match=r"prefix\.distances: no bias of this base"):
-        lab.operate(lab.base(kind), {"prefix": {"distances": "before"}})
-
-
-def test_layers_that_share_a_bias_count_one_prefix_or_none(lab):
-    with pytest.raises(CompositionError, match="encoder/attention@1 adds the same bias by distance as encoder/attent"):
-        lab.operate(lab.base("t5"), {"prefix": {"distances": "before", "where": "encoder/attention@0"}})
-    halves = [{"prefix": {"distances": d, "where": f"encoder/attention@{i}"}} for i, d in enumerate(("none", "first"))]
-    with pytest.raises(CompositionError, match="encoder/attention@0 adds the same bias by distance"):
-        lab.operate(lab.base("t5"), *halves)
-
-
 def test_two_items_of_one_stack_share_their_length_and_shift_positions_once(lab):
     model = lab.base("gpt2")
     items = [{"prefix": {"length": N, "where": f"attention@{layer}"}} for layer in (0, 1)]
@@ -273,25 +247,6 @@ def test_a_prefix_of_words_is_a_decoder_that_has_read_them(kind, words):
     wanted = model(input_ids=torch.cat([read, fed["input_ids"]], 1), attention_mask=mask).logits[:, N:]
     seen = fed["attention_mask"].bool()
     assert words.gap(ours(**fed).logits[seen], wanted[seen]) <= 1e-6
-
-
-def test_a_prefix_before_the_distances_of_one_layer_is_a_text_that_begins_with_its_words(words):
-    """MPNet's bias stands beside the mask."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = MPNetForMaskedLM(MPNetConfig(vocab_size=100, max_position_embeddings=64, **sizes)).eval()
-    with torch.no_grad():
-        model.mpnet.encoder.relative_attention_bias.weight.normal_()
-    counted, none = (
-        words.operate(model, {"prefix": {**OF_WORDS["prefix"], "distances": distances}}).model("a").eval()
-        for distances in ("before", "none")
-    )
-    fed = words.feed(model, 3, 9, pad=2)
-    read = torch.tensor(IDS).expand(3, -1)
-    mask = torch.cat([torch.ones_like(read), fed["attention_mask"]], 1)
-    wanted = model(input_ids=torch.cat([read, fed["input_ids"]], 1), attention_mask=mask).logits[:, N:]
-    assert words.gap(counted(**fed).logits, wanted) <= 1e-6
-    assert words.gap(none(**fed).logits, wanted) > 1e-4
-    words.forget(model)
 
 
 def test_a_prefix_of_words_is_what_projections_give_in_every_stack(words):
