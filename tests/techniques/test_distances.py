@@ -40,8 +40,9 @@ def test_a_prefix_before_the_distances_of_one_layer_is_a_text_that_begins_with_i
     """MPNet's bias stands beside the mask."""
     monkeypatch.setattr(lab, "tokenizer", base_folder / "tokenizer.json")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = MPNetForMaskedLM(MPNetConfig(vocab_size=100, max_position_embeddings=64, **sizes)).eval()
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = MPNetForMaskedLM(MPNetConfig(vocab_size=100, max_position_embeddings=64, **sizes)).eval()
         model.mpnet.encoder.relative_attention_bias.weight.normal_()
     counted, none = (
         lab.operate(
